@@ -1,0 +1,167 @@
+"""What a user sets (EngineConfig) and what becomes of it on a machine (Resolved): both frozen.
+
+Knows names, limits and defaults, vLLM's where vLLM has the setting. It must not know devices: the facts
+that "auto" depends on come in as plain values, and every choice keeps its reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ridgeline.core.errors import InvalidArgument
+
+DTYPES = {
+    "auto": "auto",
+    "float32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+}
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+KERNELS = ("auto", "reference", "torch", "triton", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine; None and "auto" are decided at start and explained.
+
+    model: a checkpoint directory or hub id; None is the embedded model.
+    dtype: auto, float32, float16, bfloat16. device: auto, cpu, cuda, cuda:N.
+    max_model_len: longest sequence, prompt and output (None: the model's own, if it fits).
+    max_num_seqs: requests in a step. max_num_batched_tokens: tokens in a step.
+    kv_cache_memory_bytes: size of the KV pool (None: what gpu_memory_utilization leaves).
+    gpu_memory_utilization: share of the device's memory that the engine may use, (0, 1].
+    block_size: tokens in a KV block, 16 to 256.
+    enable_prefix_caching, enable_chunked_prefill, kv_cache: see docs; all on by default.
+    scheduling_policy: fcfs, priority, static.
+    load_format: auto, safetensors, or dummy (random weights made on the device).
+    enforce_eager: no CUDA graphs. seed: of requests without one (None: drawn from the system).
+    kernels: which family of kernels serves ("auto": the best that accepts).
+    batch_invariant: on a GPU, kernels whose result for a row never depends on its neighbours.
+    max_logprobs: most alternatives that a request may ask for.
+    speculative_config: None.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    block_size: int = 64
+    enable_prefix_caching: bool | None = None
+    enable_chunked_prefill: bool = True
+    kv_cache: bool = True
+    scheduling_policy: str = "fcfs"
+    load_format: str = "auto"
+    enforce_eager: bool = False
+    seed: int | None = None
+    kernels: str = "auto"
+    batch_invariant: bool = False
+    max_logprobs: int = 20
+    speculative_config: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, tuple(DTYPES))
+        object.__setattr__(self, "dtype", DTYPES[self.dtype])
+        _choice("load_format", self.load_format, LOAD_FORMATS)
+        _choice("kernels", self.kernels, KERNELS)
+        device = self.device if isinstance(self.device, str) else str(self.device)
+        kind, _, index = device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+            raise InvalidArgument("device", f"must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+        object.__setattr__(self, "device", device)
+        for name, low, high in (
+            ("max_model_len", 1, 1 << 31),
+            ("max_num_seqs", 1, 1 << 16),
+            ("max_num_batched_tokens", 1, 1 << 24),
+            ("kv_cache_memory_bytes", 1, 1 << 50),
+            ("block_size", 16, 256),
+            ("max_logprobs", 0, 1 << 31),
+        ):
+            value = getattr(self, name)
+            if value is None and name != "max_num_seqs":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise InvalidArgument(name, f"must be an integer in [{low}, {high}], not {value!r}")
+        if self.block_size % 16:
+            raise InvalidArgument("block_size", f"must be a multiple of 16 in [16, 256], not {self.block_size}")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise InvalidArgument("gpu_memory_utilization", f"must be in (0, 1], not {share!r}")
+        for name in ("enable_chunked_prefill", "kv_cache", "enforce_eager", "batch_invariant"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgument(name, f"must be true or false, not {getattr(self, name)!r}")
+        if self.enable_prefix_caching and not self.kv_cache:
+            raise InvalidArgument("enable_prefix_caching", "there is no prefix to share with kv_cache=False")
+        if self.speculative_config is not None:
+            raise InvalidArgument("speculative_config", "speculation is not available in this version; leave it None")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """From names and values; an unknown name raises InvalidArgument with the nearest known one."""
+        known = [one.name for one in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+                raise InvalidArgument(name, f"is not a setting of the engine; {hint}")
+        return cls(**values)
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgument(name, f"must be one of {', '.join(allowed)}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What the engine runs with. reasons: setting -> why it is so, for every setting that was "auto"."""
+
+    device: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    enable_prefix_caching: bool
+    enable_chunked_prefill: bool
+    kv_cache: bool
+    scheduling_policy: str
+    seed: int
+    max_logprobs: int
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryLedger:
+    """Where the memory goes, in bytes, decided before the first request.
+
+    total_bytes: the device's; usable_bytes: what the engine may use of it; weights, kv, activations (the
+    largest step), rest (what others hold, and libraries).
+    """
+
+    total_bytes: int
+    usable_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    rest_bytes: int
+    kv_tokens: int
+    bytes_per_token: int
+
+    def fits(self, tokens: int) -> int:
+        """How many requests of `tokens` tokens are resident at once."""
+        return self.kv_tokens // max(tokens, 1)

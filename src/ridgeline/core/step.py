@@ -1,0 +1,160 @@
+"""A step as data: what was decided (StepPlan), what happened (StepResult), and both on record.
+
+Knows requests' ids, token ids and block numbers. It must not know tensors: the executor turns a plan
+into them, the performance model prices it, a listener keeps its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ridgeline.core.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token of a chunk is chosen.
+
+    position: index of the token to be chosen in its sequence; with `seed` it fixes the noise.
+    tokens: the whole sequence so far (for penalties), prompt_len of them from the prompt.
+    forbidden: ids that must not be chosen at this very position (bad words about to complete,
+        end tokens before min_tokens).
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    tokens: Sequence[int]
+    prompt_len: int
+    forbidden: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New tokens of one request in a step.
+
+    start: tokens of the request already in the cache; the chunk holds tokens[start : start + new].
+    blocks: the request's block table, covering start + len(token_ids) tokens.
+    sampling: None if the chunk ends before the last known token (an unfinished prefill).
+    prompt_logprobs: alternatives a prompt token to report for this chunk's tokens, or None.
+    targets: with prompt_logprobs, the token that follows each token of the chunk and is scored (may
+        be one shorter than token_ids at the end of the prompt).
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    sampling: Sampling | None
+    prompt_logprobs: int | None = None
+    targets: Sequence[int] = ()
+
+    @property
+    def new(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def visible(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step does: chunks of tokens, after copying whole blocks (copy-on-write)."""
+
+    number: int
+    chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """Class of work: "decode" (one new token each), "prefill" (none so) or "mixed"."""
+        ones = sum(chunk.new == 1 for chunk in self.chunks)
+        if ones == len(self.chunks):
+            return "decode"
+        return "mixed" if ones else "prefill"
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.new for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class TokenScore:
+    """A token with its log-probability under the raw logits, its rank, and the likeliest others."""
+
+    token: int
+    logprob: float | None = None
+    rank: int | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced, by request id.
+
+    sampled: the next token of every chunk with a Sampling.
+    prompt_scores: one score a target token, for chunks with prompt_logprobs.
+    device_s: seconds the device (or its price) took for the step.
+    """
+
+    sampled: dict[str, TokenScore] = field(default_factory=dict)
+    prompt_scores: dict[str, list[TokenScore]] = field(default_factory=dict)
+    device_s: float = 0.0
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One step for the record: decided, predicted, measured (seconds).
+
+    spans: (new, visible) a request. predicted_s: None while nothing predicts.
+    host_s: scheduling, preparation and commit, i.e. the step less the executor's part.
+    """
+
+    number: int
+    kind: str
+    spans: tuple[tuple[int, int], ...]
+    running: int
+    waiting: int
+    free_blocks: int
+    preempted: int
+    start_s: float
+    host_s: float
+    device_s: float
+    predicted_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """The host's view of a step's sequences: what cost may look at.
+
+    new: tokens that each request computes now; visible: keys that its last new token sees (itself
+    included). Kernels never see these integers; they read the device part of a Batch.
+    """
+
+    new: tuple[int, ...]
+    visible: tuple[int, ...]
+
+    def pairs(self, window: int | None = None) -> int:
+        """Query-key pairs under the causal mask, aligned at the last token.
+
+        window: a query sees at most this many keys, itself included.
+        """
+        total = 0
+        for new, visible in zip(self.new, self.visible):
+            first = visible - new + 1
+            if window is None or visible <= window:
+                total += new * (first + visible) // 2
+            elif first >= window:
+                total += new * window
+            else:
+                growing = window - first + 1
+                total += growing * (first + window) // 2 + (new - growing) * window
+        return total
+
+    def keys(self, window: int | None = None) -> int:
+        """Distinct keys that any query of each request sees, summed over requests."""
+        if window is None:
+            return sum(self.visible)
+        return sum(min(visible, window + new - 1) for new, visible in zip(self.new, self.visible))

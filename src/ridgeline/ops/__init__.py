@@ -1,0 +1,35 @@
+"""What is computed: each op is its meaning in plain torch, its cost, its examples and its tolerance.
+
+Importing this package fills the registry. It must not know which kernel serves an op.
+"""
+
+from ridgeline.ops.attention import attention
+from ridgeline.ops.embed import embed
+from ridgeline.ops.kv_move import kv_move
+from ridgeline.ops.linear import linear
+from ridgeline.ops.mlp import gated_linear
+from ridgeline.ops.moe import moe
+from ridgeline.ops.norm import layer_norm, norm
+from ridgeline.ops.op import REGISTRY, Op, Ops
+from ridgeline.ops.rope import rope_kv_write
+from ridgeline.ops.sample import adjust, sample, score
+from ridgeline.ops.weight import Weight
+
+__all__ = [
+    "REGISTRY",
+    "Op",
+    "Ops",
+    "Weight",
+    "adjust",
+    "attention",
+    "embed",
+    "gated_linear",
+    "kv_move",
+    "layer_norm",
+    "linear",
+    "moe",
+    "norm",
+    "rope_kv_write",
+    "sample",
+    "score",
+]
