@@ -190,7 +190,7 @@ class Request:
 
     prompt_len: tokens[:prompt_len] came from the user.
     seed: resolved; noise depends on (seed, position) alone.
-    stop_ids: ids that end the output (end-of-sequence ids unless ignored, and stop_token_ids).
+    eos_ids: the model's ends of sequence (none if ignored); stop_ids: ids that the user ends at.
     bad_word_ids: token sequences never to be completed.
     leader: another request whose prompt blocks this one will share (the first of n samples), or None.
     """
@@ -201,6 +201,7 @@ class Request:
     params: SamplingParams
     max_tokens: int
     seed: int = 0
+    eos_ids: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     arrival_s: float = 0.0

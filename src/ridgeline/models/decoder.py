@@ -75,7 +75,7 @@ class Decoder:
     def forward(
         self, batch: Batch, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], ops: Ops
     ) -> torch.Tensor:
-        """Logits [R, vocabulary] of the batch's rows; every layer's pages are written in place."""
+        """Final hidden states [R, D] of the batch's rows; every layer's pages are written in place."""
         x = ops.embed(batch.ids, self.embedding)
         if self.position_embedding is not None:
             x = x + ops.embed(batch.positions + (self.spec.position_offset or 0), self.position_embedding)
@@ -86,7 +86,11 @@ class Decoder:
             assert residual is not None
             x, residual = x[batch.rows], residual[batch.rows]
         x, _ = self.norm(x, residual, ops)
-        return self.head(x, ops)
+        return x
+
+    def logits(self, hidden: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """[R, D] -> [R, vocabulary]. Apart from `forward`, so that many rows can be taken in slices."""
+        return self.head(hidden, ops)
 
 
 class _Builder:

@@ -1,0 +1,48 @@
+"""`ridgeline …`: gathers the commands and words errors.
+
+Knows commands' names. It must not import torch: each command loads what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from ridgeline import __version__
+from ridgeline.cli import generate, kernels
+from ridgeline.core.errors import RidgelineError
+
+application = typer.Typer(
+    name="ridgeline",
+    help="An LLM inference engine that runs at the limit of the hardware and knows what that limit is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+application.command("generate")(generate.command)
+application.command("kernels")(kernels.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ridgeline {__version__}")
+        raise typer.Exit
+
+
+@application.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")
+) -> None: ...
+
+
+def main() -> None:
+    """Entry point. A refusal is one line on standard error and exit status 1; Ctrl-C is 130."""
+    try:
+        application(standalone_mode=True)
+    except RidgelineError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,42 @@
+"""Options that commands share, and how they become an LLM.
+
+Knows option names (vLLM's). It must not know what a command prints.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ridgeline.core.config import EngineConfig
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Checkpoint directory or hub id; the embedded model if left out."),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, prompt and output together.")]
+MaxNumSeqs = Annotated[int, typer.Option(help="Requests in a step.")]
+MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Tokens in a step.")]
+KVCacheMemoryBytes = Annotated[int | None, typer.Option(help="Size of the KV pool in bytes.")]
+GPUMemoryUtilization = Annotated[float, typer.Option(help="Share of the GPU's memory to use.")]
+BlockSize = Annotated[int, typer.Option(help="Tokens in a KV block, 16 to 256.")]
+PrefixCaching = Annotated[
+    bool | None, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Share KV of equal prefixes.")
+]
+ChunkedPrefill = Annotated[
+    bool, typer.Option("--enable-chunked-prefill/--no-enable-chunked-prefill", help="Split long prompts over steps.")
+]
+SchedulingPolicy = Annotated[str, typer.Option(help="fcfs, priority or static.")]
+LoadFormat = Annotated[str, typer.Option(help="auto, safetensors or dummy (random weights).")]
+Kernels = Annotated[str, typer.Option(help="Family of kernels: auto, reference, torch, triton or cpu.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+DEFAULTS = EngineConfig()
+
+
+def engine_settings(**values: Any) -> dict[str, Any]:
+    """Options as settings of LLM; None means "not given" and is left out."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,1 @@
+"""The engine: choose, plan, run, commit, one step at a time."""

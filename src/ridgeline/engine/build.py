@@ -1,0 +1,313 @@
+"""Turns configuration into objects. The only place that does.
+
+Knows every part's constructor, and decides each "auto" with its reason. It must not run anything beyond
+the one step that measures activations on a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ridgeline.core.clock import WallClock
+from ridgeline.core.config import EngineConfig, MemoryLedger, Resolved
+from ridgeline.core.errors import DoesNotFit, InvalidArgument, UnsupportedModel
+from ridgeline.core.request import SamplingParams
+from ridgeline.core.step import Chunk, Sampling, Spans, StepPlan
+from ridgeline.engine.engine import Engine
+from ridgeline.engine.memory import (
+    CPU_POOL_LIMIT_BYTES,
+    CPU_POOL_SHARE,
+    LIBRARY_BYTES,
+    LiveBytes,
+    device_memory_bytes,
+)
+from ridgeline.engine.torch_executor import TorchExecutor
+from ridgeline.kernels.select import Table, select
+from ridgeline.kv.cache import KVCache
+from ridgeline.kv.layout import KVLayout
+from ridgeline.kv.pages import Pages
+from ridgeline.models import Decoder, ModelSpec, build_model, parse_config
+from ridgeline.models.checkpoint import locate
+from ridgeline.models.spec import read_config
+from ridgeline.models.weights import Store, load_checkpoint
+from ridgeline.ops import Ops
+from ridgeline.perf.price import Price
+from ridgeline.run.runner import Runner
+from ridgeline.schedule import Scheduler, make_policy
+
+DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+@dataclass
+class Built:
+    """An engine with everything that its owner may want to look at.
+
+    directory: where the checkpoint lies. price: costs of its steps. table: which kernel serves which op.
+    """
+
+    engine: Engine
+    config: Resolved
+    ledger: MemoryLedger
+    spec: ModelSpec
+    directory: Path
+    table: Table
+    price: Price
+    runner: Runner
+
+
+def build(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> Built:
+    """Locate, parse, choose kernels, load, size the KV pool, assemble.
+
+    progress(done, total) counts the checkpoint's tensors. Raises the errors of core.errors.
+    """
+    directory = locate(config.model, config.revision)
+    spec = parse_config(read_config(directory), str(directory))
+    resolved = _resolve(config, spec)
+    device, dtype = torch.device(resolved.device), getattr(torch, resolved.dtype)
+    price, table = _price_and_table(config, spec, resolved)
+    model = _load(config, spec, resolved, directory, _packs(config, resolved), progress)
+    layout = KVLayout(spec.layers, spec.kv_heads, spec.head_dim, dtype.itemsize, resolved.block_size)
+    ledger = _ledger(config, resolved, model, layout, price, table)
+    blocks = ledger.kv_bytes // layout.bytes_per_block
+    resolved = replace(resolved, num_blocks=blocks)
+    pages = Pages(layout, blocks, device, dtype)
+    runner = Runner(model, pages, table, device, resolved.block_size)
+    cache = KVCache(
+        block_size=resolved.block_size, num_blocks=blocks, enable_prefix_caching=resolved.enable_prefix_caching
+    )
+    scheduler = Scheduler(
+        cache,
+        make_policy(resolved.scheduling_policy),
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        max_model_len=resolved.max_model_len,
+        enable_chunked_prefill=resolved.enable_chunked_prefill,
+        kv_cache=resolved.kv_cache,
+    )
+    engine = Engine(scheduler, TorchExecutor(runner), WallClock())
+    return Built(engine, resolved, ledger, spec, directory, table, price, runner)
+
+
+def choose_kernels(config: EngineConfig) -> Table:
+    """The table of kernels that an engine of this configuration would use; loads no weights."""
+    directory = locate(config.model, config.revision)
+    spec = parse_config(read_config(directory), str(directory))
+    return _price_and_table(config, spec, _resolve(config, spec))[1]
+
+
+def _packs(config: EngineConfig, resolved: Resolved) -> bool:
+    """Whether matrices are repacked for the CPU kernels."""
+    return resolved.device == "cpu" and config.kernels in ("auto", "cpu") and resolved.dtype != "float16"
+
+
+def _price_and_table(config: EngineConfig, spec: ModelSpec, resolved: Resolved) -> tuple[Price, Table]:
+    """From the forward pass on meta tensors: what steps cost, and which kernels serve them."""
+    dtype = getattr(torch, resolved.dtype)
+    shadow = build_model(spec, torch.device("meta"), dtype, resolved.max_model_len)
+    if _packs(config, resolved):
+        pack(shadow.store)
+    price = Price(shadow, resolved.block_size, dtype)
+    table = select(
+        torch.device(resolved.device), lambda work, ops: _trace(price, work, resolved, ops), config.kernels
+    )
+    return price, table
+
+
+def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
+    reasons: dict[str, str] = {}
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        reasons["device"] = "a CUDA device is there" if device == "cuda" else "no CUDA device is there"
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(device.partition(":")[2] or 0)
+        if index >= count:
+            raise InvalidArgument("device", f"{device} is not there: this machine has {count} CUDA devices")
+    kind = device.partition(":")[0]
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype, reasons["dtype"] = _auto_dtype(spec, kind)
+    longest = spec.max_positions
+    if spec.rope is not None and spec.rope.kind in ("linear", "dynamic", "yarn"):
+        longest = max(longest, int(spec.rope.original_positions * spec.rope.factor))
+    length = config.max_model_len
+    if length is None:
+        length, reasons["max_model_len"] = spec.max_positions, "the model's own"
+    elif length > longest:
+        raise InvalidArgument("max_model_len", f"{length} is beyond the {longest} positions that the model knows")
+    batched = config.max_num_batched_tokens
+    if batched is None:
+        batched = max(DEFAULT_BATCHED_TOKENS[kind], config.max_num_seqs)
+        reasons["max_num_batched_tokens"] = f"default on {kind}"
+        if not config.enable_chunked_prefill and batched < length:
+            batched, reasons["max_num_batched_tokens"] = length, "a whole prompt must fit without chunked prefill"
+    caching = config.enable_prefix_caching
+    if caching is None:
+        caching = config.kv_cache
+        reasons["enable_prefix_caching"] = "on by default" if caching else "off without a KV cache"
+    seed = config.seed
+    if seed is None:
+        seed, reasons["seed"] = random.SystemRandom().getrandbits(62), "drawn from the system"
+    return Resolved(
+        device=device,
+        dtype=dtype,
+        max_model_len=length,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=batched,
+        block_size=config.block_size,
+        num_blocks=0,
+        enable_prefix_caching=caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        kv_cache=config.kv_cache,
+        scheduling_policy=config.scheduling_policy,
+        seed=seed,
+        max_logprobs=config.max_logprobs,
+        reasons=reasons,
+    )
+
+
+def _auto_dtype(spec: ModelSpec, kind: str) -> tuple[str, str]:
+    """The checkpoint's dtype on a GPU; fp32 on a CPU where results are exact and batch-invariant, if it fits."""
+    if kind == "cuda":
+        return spec.dtype, "the checkpoint's"
+    shadow = build_model(spec, torch.device("meta"), torch.float32, 1)
+    _, available = device_memory_bytes(torch.device("cpu"))
+    if shadow.store.nbytes < available // 4:
+        return "float32", "exact on a CPU, and it fits in a quarter of the free memory"
+    return spec.dtype, "the checkpoint's: fp32 would take more than a quarter of the free memory"
+
+
+def pack(store: Store) -> None:
+    """Repack every matrix for the CPU kernels, in place, one after the other (so the peak is one copy)."""
+    store.release_places()
+    for weight in store.matrices:
+        packed = weight.to_panels()
+        weight.data, weight.format = packed.data, packed.format
+
+
+def _load(
+    config: EngineConfig,
+    spec: ModelSpec,
+    resolved: Resolved,
+    directory: Path,
+    packed: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Decoder:
+    device, dtype = torch.device(resolved.device), getattr(torch, resolved.dtype)
+    needed = build_model(spec, torch.device("meta"), dtype, 1).store.nbytes
+    _, available = device_memory_bytes(device)
+    if needed > available:
+        raise DoesNotFit(
+            f"{directory}: the weights take {needed / 1e9:.1f} GB in {resolved.dtype}, {resolved.device} has "
+            f"{available / 1e9:.1f} GB free; use a smaller model or dtype"
+        )
+    model = build_model(spec, device, dtype, resolved.max_model_len)
+    if config.load_format == "dummy":
+        model.store.fill_random(resolved.seed % (1 << 31))
+    elif directory.is_file():
+        raise UnsupportedModel(f"{directory} is a bare config without weights; load_format='dummy' makes random ones")
+    else:
+        load_checkpoint(model.store, directory, progress)
+    if packed:
+        pack(model.store)
+    return model
+
+
+def _trace(price: Price, work: str, resolved: Resolved, ops: Ops) -> None:
+    """One step of a class of work on meta tensors, for the choice of kernels."""
+    length = min(8, resolved.max_model_len)
+    new = {"decode": (1, 1), "prefill": (length, length), "mixed": (1, length)}[work]
+    visible = (length, length)
+    for greedy in (True, False):
+        price.trace(Spans(new, visible), len(new), greedy, ops, work)
+
+
+def _ledger(
+    config: EngineConfig, resolved: Resolved, model: Decoder, layout: KVLayout, price: Price, table: Table
+) -> MemoryLedger:
+    """Sizes of everything, before any of it is needed. DoesNotFit if one request of full length cannot run."""
+    device = torch.device(resolved.device)
+    activations = _activation_bytes(resolved, price)
+    if device.type == "cuda":
+        activations = max(activations, _measured_activations(resolved, model, layout, table, device))
+    gc.collect()
+    total, available = device_memory_bytes(device)
+    weights = model.store.nbytes
+    one = layout.blocks_for(resolved.max_model_len) * layout.bytes_per_block
+    wanted = layout.blocks_for(resolved.max_model_len) * resolved.max_num_seqs * layout.bytes_per_block
+    if device.type == "cuda":
+        usable = int(total * config.gpu_memory_utilization)
+        held = total - available
+        rest = max(held - weights, 0) + LIBRARY_BYTES
+        room = usable - weights - rest - activations
+    else:
+        usable = available
+        rest = 0
+        room = min(int(available * CPU_POOL_SHARE), CPU_POOL_LIMIT_BYTES, available - activations)
+        room = max(room, min(one, available - activations))
+        room = min(room, wanted)
+    if config.kv_cache_memory_bytes is not None:
+        room = config.kv_cache_memory_bytes
+    blocks = room // layout.bytes_per_block
+    if blocks < layout.blocks_for(resolved.max_model_len):
+        raise DoesNotFit(
+            f"the KV pool would hold {max(blocks, 0) * layout.block_size} tokens ({max(room, 0) / 1e6:.0f} MB), one request of "
+            f"max_model_len {resolved.max_model_len} needs {one / 1e6:.0f} MB; lower max_model_len, or raise "
+            "kv_cache_memory_bytes or gpu_memory_utilization"
+        )
+    return MemoryLedger(
+        total_bytes=total,
+        usable_bytes=usable,
+        weight_bytes=weights,
+        kv_bytes=blocks * layout.bytes_per_block,
+        activation_bytes=activations,
+        rest_bytes=rest,
+        kv_tokens=blocks * layout.block_size,
+        bytes_per_token=layout.bytes_per_token,
+    )
+
+
+def _activation_bytes(resolved: Resolved, price: Price) -> int:
+    """Peak of live op outputs in the largest steps: a full prefill chunk, and a full batch sampled."""
+    peak = 0
+    for tokens, rows in (
+        (resolved.max_num_batched_tokens, 1),
+        (max(resolved.max_num_seqs, 1), max(resolved.max_num_seqs, 1)),
+    ):
+        live = LiveBytes()
+        length = min(tokens, resolved.max_model_len)
+        spans = Spans((tokens,), (max(length, tokens),))
+        price.trace(spans, rows, False, Ops({}, live))
+        peak = max(peak, live.peak_bytes)
+    return peak
+
+
+def _measured_activations(
+    resolved: Resolved, model: Decoder, layout: KVLayout, table: Table, device: torch.device
+) -> int:
+    """Run the largest step once over a few scratch blocks and read the allocator's peak."""
+    length = min(resolved.max_num_batched_tokens, resolved.max_model_len)
+    blocks = layout.blocks_for(length)
+    pages = Pages(layout, blocks, device, model.store.dtype)
+    runner = Runner(model, pages, table, device, layout.block_size)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    for count, tokens in (
+        (max(resolved.max_num_batched_tokens // length, 1), length),
+        (min(resolved.max_num_seqs, resolved.max_num_batched_tokens), 1),
+    ):
+        params = SamplingParams(temperature=1.0, top_p=0.9)
+        sampling = Sampling(params, 0, tokens, [0] * tokens, tokens)
+        chunks = tuple(Chunk(str(i), [0] * tokens, 0, range(blocks), sampling) for i in range(count))
+        runner.run(StepPlan(0, chunks))
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del runner, pages
+    torch.cuda.empty_cache()
+    return peak

@@ -1,0 +1,84 @@
+"""The limit of this machine, measured on the spot: read bandwidth by working set, and matrix rate.
+
+The limit is a curve: a small model lives in a cache and may be read faster than main memory allows. So
+the bandwidth is measured at the bytes that a step touches, and at main memory's size beside it. Knows
+how to time. It must not know models; it is given bytes and FLOPs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ridgeline.core.cost import Cost
+
+DRAM_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
+REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Rates of one device. read_bytes_per_s holds at working_set_bytes, dram_bytes_per_s far beyond caches."""
+
+    device: str
+    working_set_bytes: int
+    read_bytes_per_s: float
+    dram_bytes_per_s: float
+    flops_per_s: float
+
+    def seconds(self, cost: Cost) -> float:
+        """No kernel can do `cost` in less: its bytes or its FLOPs, whichever takes longer."""
+        return max(cost.bytes / self.read_bytes_per_s, cost.flops / self.flops_per_s)
+
+    def dram_seconds(self, cost: Cost) -> float:
+        """The same if every byte came from main memory."""
+        return max(cost.bytes / self.dram_bytes_per_s, cost.flops / self.flops_per_s)
+
+
+def measure_limit(device: torch.device, working_set_bytes: int, dtype: torch.dtype) -> Limit:
+    """Time reads at the working set and at main memory's size, and a matrix product. Under a second."""
+    dram_bytes = DRAM_BYTES[device.type]
+    dram = read_rate(device, dram_bytes)
+    near = dram if working_set_bytes >= dram_bytes else max(read_rate(device, working_set_bytes), dram)
+    return Limit(str(device), working_set_bytes, near, dram, matrix_rate(device, dtype))
+
+
+def read_rate(device: torch.device, size_bytes: int) -> float:
+    """Best bytes/s over reading (a sum) and copying (read and written) `size_bytes` of fp32."""
+    data = torch.ones(max(size_bytes // 4, 1024), dtype=torch.float32, device=device)
+    half = data.numel() // 2
+    source, target = data[:half], data[half : 2 * half]
+    passes = max(1, min(64, (64 << 20) // size_bytes))
+    reading = _best_seconds(lambda: data.sum(), device, passes)
+    copying = _best_seconds(lambda: target.copy_(source), device, passes)
+    return data.numel() * 4 / min(reading, copying)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product."""
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _best_seconds(lambda: left @ right, device, 1)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device, passes: int) -> float:
+    """Shortest time of one `work()`, over REPEATS runs of `passes` each, after a warm-up."""
+    work()
+    best = float("inf")
+    for _ in range(REPEATS):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(passes):
+            work()
+        _wait(device)
+        best = min(best, (time.perf_counter() - start) / passes)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,230 @@
+"""StepPlan -> Batch and sampling inputs, on any device.
+
+All integers of a step are laid into two host arrays and sent in two copies. Knows plans and tensor
+layouts. It must not know models, nor who decided the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ridgeline.core.step import Chunk, Sampling, Spans, StepPlan
+from ridgeline.models.batch import Batch
+
+
+@dataclass(slots=True)
+class Penalties:
+    """Arguments of the op `adjust` behind the logits, in its order."""
+
+    arguments: tuple[torch.Tensor, ...]
+
+
+@dataclass(slots=True)
+class SampleInputs:
+    """How the S sampled rows are chosen.
+
+    Host part. greedy: every row is; cut: some row uses top-k, top-p or min-p; alternatives: most
+    log-probabilities that a row reports, None if none does; penalties: None if no row has any.
+    Device part: [S] each.
+    """
+
+    count: int
+    greedy: bool
+    cut: bool
+    alternatives: int | None
+    penalties: Penalties | None
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A step ready to run.
+
+    The first `samples.count` rows of the batch are sampled; behind them come the rows of prompt tokens
+    to be scored, against `targets`, request by request as `scored` counts them.
+    """
+
+    batch: Batch
+    samples: SampleInputs
+    sampled_ids: list[str]
+    targets: torch.Tensor | None
+    scored: list[tuple[str, int, int]]
+
+
+def prepare(plan: StepPlan, device: torch.device, block_size: int) -> Prepared:
+    """Tensors of a step. Every chunk's tokens go one after the other, in the plan's order."""
+    chunks = plan.chunks
+    starts = [0]
+    for chunk in chunks:
+        starts.append(starts[-1] + len(chunk.token_ids))
+    tokens, requests = starts[-1], len(chunks)
+    width = max(-(-chunk.visible // block_size) for chunk in chunks)
+    sampled = [(starts[i + 1] - 1, chunk) for i, chunk in enumerate(chunks) if chunk.sampling is not None]
+    settings = [chunk.sampling for _, chunk in sampled if chunk.sampling is not None]
+    rows = [row for row, _ in sampled]
+    scored, target_ids = [], []
+    for index, chunk in enumerate(chunks):
+        if chunk.prompt_logprobs is not None and chunk.targets:
+            rows.extend(range(starts[index], starts[index] + len(chunk.targets)))
+            target_ids.extend(chunk.targets)
+            scored.append((chunk.request_id, len(chunk.targets), chunk.prompt_logprobs))
+
+    count, total_rows = len(settings), len(rows)
+    long = np.empty(3 * tokens + total_rows + len(target_ids) + 3 * count, dtype=np.int64)
+    _fill_tokens(long[: 3 * tokens], chunks, starts, block_size)
+    tail = long[3 * tokens :]
+    tail[:total_rows] = rows
+    tail[total_rows : total_rows + len(target_ids)] = target_ids
+    _fill_settings(tail[total_rows + len(target_ids) :], settings)
+    short = np.zeros(requests * width + 2 * requests + 1, dtype=np.int32)
+    _fill_requests(short, chunks, starts, width)
+
+    wide, narrow = _send(long, device), _send(short, device)
+    ids, positions, slots = wide[: 3 * tokens].view(3, tokens)
+    row_ids, targets, numbers = wide[3 * tokens :].split((total_rows, len(target_ids), 3 * count))
+    top_k, seeds, places = numbers.view(3, count)
+    every_row = total_rows == tokens and rows == list(range(tokens))
+    batch = Batch(
+        spans=Spans(tuple(len(c.token_ids) for c in chunks), tuple(c.visible for c in chunks)),
+        kind=plan.kind,
+        ids=ids,
+        positions=positions,
+        slots=slots,
+        block_tables=narrow[: requests * width].view(requests, width),
+        query_starts=narrow[requests * width : requests * width + requests + 1],
+        lengths=narrow[requests * width + requests + 1 :],
+        rows=None if every_row else row_ids,
+    )
+    samples = _sample_inputs(settings, top_k, seeds, places, device)
+    return Prepared(batch, samples, [c.request_id for _, c in sampled], targets if target_ids else None, scored)
+
+
+def _send(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _fill_tokens(out: np.ndarray, chunks: Sequence[Chunk], starts: list[int], block_size: int) -> None:
+    """ids, positions and slots, [3, T]."""
+    ids, positions, slots = out.reshape(3, -1)
+    for index, chunk in enumerate(chunks):
+        first, last = starts[index], starts[index + 1]
+        if last - first == 1:
+            place = chunk.start
+            ids[first] = chunk.token_ids[0]
+            positions[first] = place
+            slots[first] = chunk.blocks[place // block_size] * block_size + place % block_size
+            continue
+        ids[first:last] = chunk.token_ids
+        places = np.arange(chunk.start, chunk.visible)
+        positions[first:last] = places
+        table = np.array(chunk.blocks[: -(-chunk.visible // block_size)], dtype=np.int64)
+        slots[first:last] = table[places // block_size] * block_size + places % block_size
+
+
+def _fill_requests(out: np.ndarray, chunks: Sequence[Chunk], starts: list[int], width: int) -> None:
+    """Block tables [B, width], query starts [B + 1], lengths [B]."""
+    requests = len(chunks)
+    tables = out[: requests * width].reshape(requests, width)
+    for index, chunk in enumerate(chunks):
+        known = min(len(chunk.blocks), width)
+        tables[index, :known] = chunk.blocks[:known]
+    out[requests * width : requests * width + requests + 1] = starts
+    out[requests * width + requests + 1 :] = [chunk.visible for chunk in chunks]
+
+
+def _fill_settings(out: np.ndarray, settings: Sequence[Sampling]) -> None:
+    """top_k, seeds and positions, [3, S]."""
+    count = len(settings)
+    for index, one in enumerate(settings):
+        out[index] = max(one.params.top_k, 0)
+        out[count + index] = one.seed
+        out[2 * count + index] = one.position
+
+
+def _sample_inputs(
+    settings: Sequence[Sampling],
+    top_k: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    device: torch.device,
+) -> SampleInputs:
+    params = [one.params for one in settings]
+    greedy = all(one.temperature == 0 for one in params)
+    cut = any(one.temperature > 0 and (one.top_k > 0 or one.top_p < 1 or one.min_p > 0) for one in params)
+    asked = [one.logprobs for one in params if one.logprobs is not None]
+    floats = np.array(
+        [[one.temperature for one in params], [one.top_p for one in params], [one.min_p for one in params]],
+        dtype=np.float32,
+    )
+    temperature, top_p, min_p = _send(floats, device)
+    return SampleInputs(
+        count=len(params),
+        greedy=greedy,
+        cut=cut,
+        alternatives=max(asked) if asked else None,
+        penalties=_penalties(settings, device),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seeds=seeds,
+        positions=positions,
+    )
+
+
+def _penalties(settings: Sequence[Sampling], device: torch.device) -> Penalties | None:
+    """Entries for the op `adjust`, or None if every row's logits stay as they are."""
+    seen: list[tuple[int, int, int]] = []
+    biases: list[tuple[int, int, float]] = []
+    for row, one in enumerate(settings):
+        params = one.params
+        biases.extend((row, token, value) for token, value in (params.logit_bias or {}).items())
+        biases.extend((row, token, float("-inf")) for token in one.forbidden)
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+            counts: dict[int, int] = dict.fromkeys(one.tokens[: one.prompt_len], 0)
+            for token in one.tokens[one.prompt_len :]:
+                counts[token] = counts.get(token, 0) + 1
+            seen.extend((row, token, times) for token, times in counts.items())
+    if not seen and not biases:
+        return None
+    places = np.array([(row, token) for row, token, _ in seen], dtype=np.int64).reshape(-1, 2)
+    times = np.array([count for _, _, count in seen], dtype=np.float32)
+    bias_places = np.array([(row, token) for row, token, _ in biases], dtype=np.int64).reshape(-1, 2)
+    bias_values = np.array([value for _, _, value in biases], dtype=np.float32)
+    rates = np.array(
+        [
+            [one.params.presence_penalty for one in settings],
+            [one.params.frequency_penalty for one in settings],
+            [one.params.repetition_penalty for one in settings],
+        ],
+        dtype=np.float32,
+    )
+    presence, frequency, repetition = _send(rates, device)
+    seen_places, added = _send(np.ascontiguousarray(places.T), device), _send(np.ascontiguousarray(bias_places.T), device)
+    counted = _send(times, device)
+    return Penalties(
+        (
+            seen_places[0],
+            seen_places[1],
+            counted,
+            (counted > 0).float(),
+            presence,
+            frequency,
+            repetition,
+            added[0],
+            added[1],
+            _send(bias_values, device),
+        )
+    )

@@ -1,0 +1,550 @@
+"""Who runs in a step: each request's `computed` chases its token count, and everything else follows.
+
+Knows requests, budgets and the KV cache's block numbers. Must not know tensors, text, clocks or how an
+executor works: a plan goes out as data, a result comes back as data.
+
+What keeps it moving. Running requests are kept in the policy's rank order, and one that needs blocks takes
+them from those that rank behind it, never from one before it; if none is behind, it waits a step and keeps
+what it has. So the first in rank always advances, and since the pool holds a whole `max_model_len`, it ends.
+A request is admitted only if blocks for all of its known tokens are free beyond what other unfinished
+prefills still need: prefills never push each other out, only growing outputs can.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+
+from ridgeline.core.errors import ContextLengthExceeded, DoesNotFit, InvalidArgument
+from ridgeline.core.request import FinishReason, Request
+from ridgeline.core.step import Chunk, Sampling, StepPlan, StepResult, TokenScore
+from ridgeline.kv.cache import Copies, KVCache
+from ridgeline.schedule.event import Event
+from ridgeline.schedule.policy import Policy
+from ridgeline.schedule.queue import Queue, Rank
+
+Choice = tuple[Request, int]
+"""A request and how many new tokens it may compute in this step."""
+
+RESERVE_SHARE = 100
+"""One block in so many stays free when someone is admitted beside others: room for their next tokens."""
+
+
+class Scheduler:
+    """Continuous batching over one KV cache: `choose`, `plan`, run it, `commit`.
+
+    cache: the block tables; it must hold at least one request of max_model_len.
+    policy: order, admission and victims (see `Policy`).
+    max_num_seqs: most requests that run at a time. max_num_batched_tokens: most new tokens a step; no more
+        requests than that run either, as each may want one.
+    max_model_len: tokens of one request, prompt and output together.
+    enable_chunked_prefill: False computes every prompt whole in one step, beside the running decodes, which
+        wait for it (Orca, Yu et al., OSDI 2022); so does a recompute after a preemption.
+    kv_cache: False throws the keys and values away after every sampled token, so that each token computes
+        all of them again: the same tokens, at the cost that the cache saves. Samples of one prompt share
+        nothing then.
+
+    What others may hold on to: a plan's `Chunk.blocks` and `Sampling.tokens` are live lists. Both only grow
+    at their end (tokens are cut only when the request ends), so `blocks` up to `visible` and
+    `tokens[:position]` stay as planned for as long as anyone reads them.
+
+    Raises DoesNotFit if the pool cannot hold one request, InvalidArgument for arguments that exclude
+    each other.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        policy: Policy,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        enable_chunked_prefill: bool = True,
+        kv_cache: bool = True,
+    ) -> None:
+        if max_num_seqs < 1:
+            raise InvalidArgument("max_num_seqs", f"must be at least 1, not {max_num_seqs}")
+        if max_num_batched_tokens < 1:
+            raise InvalidArgument(
+                "max_num_batched_tokens", f"must be at least 1, not {max_num_batched_tokens}"
+            )
+        if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
+            raise InvalidArgument(
+                "max_num_batched_tokens",
+                f"{max_num_batched_tokens} is less than max_model_len {max_model_len}, but without chunked "
+                "prefill a whole prompt must fit into a step: raise it or set enable_chunked_prefill=True",
+            )
+        if not kv_cache and cache.enable_prefix_caching:
+            raise InvalidArgument("enable_prefix_caching", "must be off with kv_cache=False")
+        if cache.blocks_for(max_model_len) > cache.num_blocks:
+            raise DoesNotFit(
+                f"one request of max_model_len {max_model_len} needs {cache.blocks_for(max_model_len)} "
+                f"blocks of {cache.block_size} tokens, the KV pool has {cache.num_blocks}: lower "
+                "max_model_len or give the pool more memory"
+            )
+        self.cache = cache
+        self.policy = policy
+        self.seats = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self.kv_cache = kv_cache
+        self.more_to_come = False
+        """Set by whoever knows that further requests will arrive (only the static policy cares)."""
+        self.preemptions = 0
+        self._arrivals = 0
+        self._steps = 0
+        self._ranks: dict[str, Rank] = {}
+        self._queue = Queue()
+        self._running: list[Request] = []
+        self._seated: dict[str, Request] = {}
+        self._forked: dict[str, Request] = {}
+        self._unscored: dict[str, int] = {}
+        self._copies: dict[str, Copies] = {}
+        self._launched: list[Copies] = []
+        self._refused: tuple[str, int] | None = None
+
+    # What can be seen
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self._ranks)
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """Requests with a seat, in rank order. A live view: read, do not keep."""
+        return self._running
+
+    @property
+    def waiting(self) -> Queue:
+        """Requests without a seat, those that follow a leader included: sized, iterated in rank order."""
+        return self._queue
+
+    # How requests come and go
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn. A leader must be added before those that follow it.
+
+        Raises ContextLengthExceeded if its tokens leave no room for a new one, InvalidArgument if its id is
+        in use, if it has no tokens, or if it is not the sibling of its leader.
+        """
+        request_id, leader = request.request_id, request.leader
+        if request_id in self._ranks:
+            raise InvalidArgument("request_id", f"{request_id!r} is in use")
+        if not request.tokens:
+            raise InvalidArgument("prompt", "is empty")
+        if len(request.tokens) >= self.max_model_len:
+            raise ContextLengthExceeded(
+                "prompt",
+                f"has {len(request.tokens)} tokens, which leaves no room for a new one within max_model_len "
+                f"{self.max_model_len}",
+            )
+        if leader is not None and not _siblings(request, leader):
+            raise InvalidArgument("leader", f"{request_id!r} and its leader differ in prompt or salt")
+        rank = self._ranks[request_id] = self.policy.rank(request, self._arrivals)
+        self._arrivals += 1
+        request.computed = 0
+        if request.params.prompt_logprobs is not None and leader is None and request.prompt_len > 1:
+            self._unscored[request_id] = 0
+        if leader is None or leader.request_id not in self._ranks or not self.kv_cache:
+            self._queue.push(request, rank)
+        elif leader.computed < leader.prompt_len:
+            self._queue.follow(leader.request_id, request, rank)
+        else:
+            self._queue.push(request, rank)
+            self._fork(leader, request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request, wherever it is. None if it is not here (any more)."""
+        request = self._find(request_id)
+        if request is not None:
+            request.finish = FinishReason.ABORT
+            self._leave(request)
+        return request
+
+    def finish(self, request_id: str, at_token: int, stop_reason: str | None) -> Request | None:
+        """End a request whose text is complete: its owner found a stop string.
+
+        at_token: how many output tokens remain. Later ones are dropped: not counted, not published.
+        None if the request is not here (any more): it ended by itself before.
+        """
+        request = self._find(request_id)
+        if request is None:
+            return None
+        kept = min(request.prompt_len + at_token, len(request.tokens))
+        if self.cache.holds(request_id):
+            self.cache.retract(request_id, kept)
+        del request.tokens[kept:]
+        request.computed = min(request.computed, kept)
+        request.finish, request.stop_reason = FinishReason.STOP, stop_reason
+        self._leave(request)
+        return request
+
+    def _find(self, request_id: str) -> Request | None:
+        return self._seated.get(request_id) or self._queue.get(request_id)
+
+    def _leave(self, request: Request) -> None:
+        """An ended request gives up its seat or place, its blocks, and those that follow it."""
+        if request.request_id in self._seated:
+            self._running.remove(request)
+        else:
+            self._queue.remove(request)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        """All of `_leave` but the place in line."""
+        request_id = request.request_id
+        self._seated.pop(request_id, None)
+        self._forked.pop(request_id, None)
+        self._unscored.pop(request_id, None)
+        self._drop_copies(request_id)
+        self.cache.free(request_id)
+        self._queue.release(request_id)
+        del self._ranks[request_id]
+
+    # Who runs
+
+    def choose(self) -> list[Choice]:
+        """Who runs in the next step, and how many new tokens each may compute (at least 1).
+
+        Blocks for them are reserved, copies noted, and where blocks ran out others are preempted. First
+        every running decode gets its token, then unfinished prefills go on, then others are admitted, in
+        rank order, while seats, tokens and blocks last. Empty if nobody can run: only with no work at all,
+        or while a policy waits for more to come.
+        """
+        self._settle()
+        cache = self.cache
+        chosen: list[Choice] = []
+        preemptions = self.preemptions
+        behind = False  # is anyone more than one token behind?
+        for request in self._running:  # those preempted on the way are further down this list
+            computed = request.computed
+            known = len(request.tokens)
+            if known - computed != 1:
+                behind = True
+                continue
+            copies = cache.reserve(request.request_id, computed, known)
+            if copies is None:
+                copies = self._make_room(request, known, chosen)
+                if copies is None:
+                    continue
+            if copies:
+                self._note_copies(request, copies)
+            chosen.append((request, 1))
+        if behind:
+            self._go_on(chosen)
+        if self._queue and self.preemptions == preemptions:
+            self._admit(chosen)
+        return chosen
+
+    def _go_on(self, chosen: list[Choice]) -> None:
+        """Unfinished prefills take what the decodes have left of the budget."""
+        for request in self._running:
+            remaining = request.remaining
+            left = self._left(chosen)
+            if remaining == 1 or left == 0:
+                continue
+            new = self._portion(remaining, left)
+            copies = self._make_room(request, request.computed + new, chosen) if new else None
+            if copies is not None:
+                self._note_copies(request, copies)
+                chosen.append((request, new))
+
+    def _left(self, chosen: list[Choice]) -> int:
+        """New tokens that the step can still take."""
+        return self.max_num_batched_tokens - sum(new for _, new in chosen)
+
+    def _portion(self, remaining: int, left: int) -> int:
+        """How much of a prefill to do now: what fits, or without chunking all or nothing."""
+        if remaining <= left:
+            return remaining
+        return left if self.enable_chunked_prefill else 0
+
+    def _make_room(self, request: Request, end: int, chosen: list[Choice]) -> Copies | None:
+        """Blocks up to token `end` for a running request, at the expense of those behind it.
+
+        None if it has to wait: then nobody is behind it any more.
+        """
+        while True:
+            copies = self.cache.reserve(request.request_id, request.computed, end)
+            if copies is not None:
+                return copies
+            if self._reclaim():
+                continue
+            candidates = self._running[self._running.index(request) + 1 :]
+            if not candidates:
+                return None
+            self._preempt(self.policy.victim(candidates), chosen)
+
+    def _reclaim(self, spared: Request | None = None) -> bool:
+        """Take back the shares of the waiting sample that ranks last. False if no (other) one has any."""
+        others = [request for request in self._forked.values() if request is not spared]
+        if not others:
+            return False
+        last = max(others, key=lambda request: self._ranks[request.request_id])
+        del self._forked[last.request_id]
+        self.cache.vacate(last.request_id)
+        last.computed = last.cached_tokens = 0
+        return True
+
+    def _preempt(self, victim: Request, chosen: list[Choice]) -> None:
+        """Take seat and blocks from a running request; it will compute its tokens again."""
+        chosen[:] = [choice for choice in chosen if choice[0] is not victim]
+        self._running.remove(victim)
+        del self._seated[victim.request_id]
+        self._drop_copies(victim.request_id)
+        self.cache.vacate(victim.request_id)
+        victim.computed = 0
+        victim.preemptions += 1
+        self.preemptions += 1
+        self._queue.push(victim, self._ranks[victim.request_id])
+
+    # Who is admitted
+
+    def _admit(self, chosen: list[Choice]) -> None:
+        """Seat waiting requests in rank order until one cannot be seated: nobody overtakes."""
+        self.policy.gather(self._queue, len(self._running), self.seats, self.more_to_come)
+        displaced = self.preemptions
+        while (request := self._queue.head()) is not None and self.policy.admits(request):
+            if len(self._running) >= self.seats and not self._displace(request, chosen):
+                break
+            left = self._left(chosen)
+            whole = self.enable_chunked_prefill or len(request.tokens) <= left
+            if left == 0 or not whole or not self._find_blocks(request, chosen):
+                break
+            self._seat(request, chosen)
+            if self.preemptions != displaced and not self._queue_head_displaces():
+                break
+
+    def _queue_head_displaces(self) -> bool:
+        """Whether the next in line outranks someone: after a displacement only such a one may follow."""
+        head = self._queue.head()
+        return head is not None and any(self.policy.displaces(head, one) for one in self._running)
+
+    def _find_blocks(self, request: Request, chosen: list[Choice]) -> bool:
+        """Give a waiting request its cached blocks, if blocks for all its tokens are free."""
+        while not self._attach(request):
+            if self._displace(request, chosen):
+                continue
+            if self._running:
+                return False
+            if not self._reclaim(spared=request):
+                raise RuntimeError(f"nothing runs, yet there are no blocks for {request.request_id}")
+        return True
+
+    def _attach(self, request: Request) -> bool:
+        request_id, cache = request.request_id, self.cache
+        spare = self._spoken_for()
+        if request_id in self._forked:
+            copies = cache.reserve(request_id, request.computed, len(request.tokens), spare)
+            if copies is not None:
+                self._note_copies(request, copies)
+            return copies is not None
+        available = cache.free_blocks - spare
+        if self._refused is not None and self._refused[0] == request_id and available <= self._refused[1]:
+            return False
+        unscored = self._unscored.get(request_id)
+        found = cache.attach(request_id, request.tokens, request.salt, unscored, spare)
+        if found is None:
+            self._refused = (request_id, available) if self._running else None
+            return False
+        self._refused = None
+        request.computed = found
+        if request.preemptions == 0:
+            request.cached_tokens = found
+        return True
+
+    def _spoken_for(self) -> int:
+        """Free blocks that a newcomer must leave: for unfinished prefills, and a small reserve."""
+        if not self._running:
+            return 0
+        cache = self.cache
+        prefills = sum(
+            cache.blocks_for(len(request.tokens)) - len(cache.table(request.request_id))
+            for request in self._running
+            if request.remaining > 1
+        )
+        return prefills + cache.num_blocks // RESERVE_SHARE
+
+    def _seat(self, request: Request, chosen: list[Choice]) -> None:
+        """Move a request for which there are blocks from the queue to the running ones."""
+        request_id = request.request_id
+        new = self._portion(request.remaining, self._left(chosen))
+        copies = self.cache.reserve(request_id, request.computed, request.computed + new)
+        assert copies is not None, "blocks for all tokens were there"
+        self._note_copies(request, copies)
+        self._queue.remove(request)
+        self._forked.pop(request_id, None)
+        insort(self._running, request, key=lambda one: self._ranks[one.request_id])
+        self._seated[request_id] = request
+        chosen.append((request, new))
+
+    def _displace(self, request: Request, chosen: list[Choice]) -> bool:
+        """Preempt one running request in favour of a waiting one, if the policy says so and it can help."""
+        cache = self.cache
+        candidates = [one for one in self._running if self.policy.displaces(request, one)]
+        if not candidates:
+            return False
+        within_reach = cache.free_blocks + sum(len(cache.table(one.request_id)) for one in candidates)
+        if within_reach < cache.blocks_for(len(request.tokens)):
+            return False
+        self._preempt(self.policy.victim(candidates), chosen)
+        return True
+
+    # Copies, and samples of one prompt
+
+    def _note_copies(self, request: Request, copies: Copies) -> None:
+        if copies:
+            self._copies[request.request_id] = self._copies.get(request.request_id, ()) + copies
+
+    def _drop_copies(self, request_id: str) -> None:
+        self.cache.copied(self._copies.pop(request_id, ()))
+
+    def _settle(self) -> None:
+        """Copies of earlier plans are made, or ordered before whatever comes: let go of their sources."""
+        for copies in self._launched:
+            self.cache.copied(copies)
+        self._launched.clear()
+
+    def _fork(self, leader: Request, child: Request) -> None:
+        """A waiting sample shares its leader's prompt; only the last prompt token is computed again."""
+        self.cache.fork(leader.request_id, child.request_id, child.prompt_len)
+        child.computed = child.cached_tokens = child.prompt_len - 1
+        self._forked[child.request_id] = child
+
+    # What the step is
+
+    def plan(self, chosen: Sequence[Choice]) -> StepPlan | None:
+        """The chosen tokens as a step: decodes first, each group in rank order. None if there are none.
+
+        Requests that ended since `choose` are left out.
+        """
+        ones: list[Chunk] = []
+        others: list[Chunk] = []
+        copies: Copies = ()
+        cache, seated, unscored, pending = self.cache, self._seated, self._unscored, self._copies
+        for request, new in chosen:
+            request_id = request.request_id
+            if request_id not in seated:
+                continue
+            if pending and request_id in pending:
+                copies += pending.pop(request_id)
+            tokens, start = request.tokens, request.computed
+            end = start + new
+            chunk = Chunk(
+                request_id,
+                tokens[start:end],
+                start,
+                cache.table(request_id),
+                _sampling(request) if end == len(tokens) else None,
+                *(_targets(request, end, unscored[request_id]) if request_id in unscored else ()),
+            )
+            (ones if new == 1 else others).append(chunk)
+        if not ones and not others:
+            return None
+        if copies:
+            self._launched.append(copies)
+        self._steps += 1
+        return StepPlan(self._steps, (*ones, *others), copies)
+
+    # What came of it
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        """Take in what a step produced: tokens, scores, and who ended.
+
+        Requests that ended since `plan` are passed over, and their results dropped.
+        """
+        self._settle()
+        events: list[Event] = []
+        cache, seated, sampled = self.cache, self._seated, result.sampled
+        block_size, publishes, kv_cache = cache.block_size, cache.enable_prefix_caching, self.kv_cache
+        ended = False
+        for chunk in plan.chunks:
+            request = seated.get(chunk.request_id)
+            if request is None:
+                continue
+            start = chunk.start
+            visible = request.computed = start + len(chunk.token_ids)
+            if publishes and visible // block_size != start // block_size:
+                cache.publish(chunk.request_id, request.tokens, visible)
+            if start < request.prompt_len <= visible:
+                for child in self._queue.release(chunk.request_id):
+                    self._fork(request, child)
+            scores: Sequence[TokenScore] = ()
+            if chunk.prompt_logprobs is not None:
+                scores = self._take_scores(chunk, result.prompt_scores[chunk.request_id])
+            if chunk.sampling is None:
+                if scores:
+                    events.append(Event(request, None, scores))
+                continue
+            token = sampled[chunk.request_id]
+            request.tokens.append(token.token)
+            finish = self._end_of(request, token.token)
+            if finish is not None:
+                ended = True
+                self._forget(request)
+            elif not kv_cache:
+                request.computed = 0
+            events.append(Event(request, token, scores, finish))
+        if ended:
+            self._running = [request for request in self._running if request.finish is None]
+        return events
+
+    def _take_scores(self, chunk: Chunk, scores: Sequence[TokenScore]) -> Sequence[TokenScore]:
+        """Those scores of a chunk that were not reported before (it may be a recompute)."""
+        before = self._unscored[chunk.request_id]
+        after = max(before, chunk.start + len(chunk.targets))
+        self._unscored[chunk.request_id] = after
+        if after == self._seated[chunk.request_id].prompt_len - 1:
+            del self._unscored[chunk.request_id]
+        return scores[before - chunk.start :]
+
+    def _end_of(self, request: Request, token: int) -> FinishReason | None:
+        """Whether the token just appended ends the request; noted on it if so."""
+        length = len(request.tokens)
+        output = length - request.prompt_len
+        if (token in request.eos_ids or token in request.stop_ids) and output > request.params.min_tokens:
+            request.finish = FinishReason.STOP
+            request.stop_reason = None if token in request.eos_ids else token
+        elif output >= request.max_tokens or length >= self.max_model_len:
+            request.finish = FinishReason.LENGTH
+        return request.finish
+
+
+def _siblings(request: Request, leader: Request) -> bool:
+    """Whether two requests have the same prompt, so that they may share its blocks."""
+    return (
+        request.prompt_len == leader.prompt_len
+        and request.salt == leader.salt
+        and request.tokens[: request.prompt_len] == leader.tokens[: leader.prompt_len]
+    )
+
+
+def _sampling(request: Request) -> Sampling:
+    tokens, params = request.tokens, request.params
+    length = len(tokens)
+    forbidden: tuple[int, ...] = ()
+    if request.bad_word_ids or length - request.prompt_len < params.min_tokens:
+        forbidden = _forbidden(request)
+    return Sampling(params, request.seed, length, tokens, request.prompt_len, forbidden)
+
+
+def _forbidden(request: Request) -> tuple[int, ...]:
+    """Ids that must not come next: the last of a bad word whose others are the output's tail, and before
+    min_tokens whatever would end the output."""
+    tokens, output = request.tokens, request.output_len
+    forbidden = set(request.eos_ids | request.stop_ids) if output < request.params.min_tokens else set()
+    for word in request.bad_word_ids:
+        before = len(word) - 1
+        if before <= output and tuple(tokens[len(tokens) - before :]) == word[:-1]:
+            forbidden.add(word[-1])
+    return tuple(sorted(forbidden))
+
+
+def _targets(request: Request, end: int, scored: int) -> tuple[int | None, Sequence[int]]:
+    """Chunk's `prompt_logprobs` and `targets`: the prompt tokens that follow those in [computed, end)."""
+    last = min(end + 1, request.prompt_len)
+    if last <= scored + 1:
+        return None, ()
+    return request.params.prompt_logprobs, request.tokens[request.computed + 1 : last]

@@ -1,0 +1,1 @@
+"""Whatever runs an engine in order to say something about it."""

@@ -1,0 +1,321 @@
+"""A scheduler, its cache, and a memory that remembers what was written where.
+
+Each slot of each block holds a tag that stands for keys and values: a hash of the salt and of all tokens up
+to the slot's own. A step writes and reads tags as an executor writes and reads tensors, so a slot that was
+never written, was overwritten by another, or belongs to other tokens is found out when it is read. What each
+request must produce is computed beside, by the same toy model without any cache or batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ridgeline.core.request import FinishReason, Request, SamplingParams
+from ridgeline.core.step import Chunk, StepPlan, StepResult, TokenScore
+from ridgeline.kv import KVCache
+from ridgeline.schedule import Event, Scheduler, make_policy
+
+VOCABULARY = 5
+EOS = 0
+
+
+def tags(salt: str, tokens: Sequence[int]) -> list[int]:
+    """What memory must hold at each position of a sequence."""
+    result, tag = [], hash(salt)
+    for token in tokens:
+        tag = hash((tag, token))
+        result.append(tag)
+    return result
+
+
+def next_token(salt: str, tokens: Sequence[int], seed: int, forbidden: Sequence[int]) -> int:
+    """The toy model: any function of everything before, the seed and what is forbidden."""
+    first = hash((tags(salt, tokens)[-1], seed)) % VOCABULARY
+    allowed = [token for token in range(VOCABULARY) if token not in forbidden]
+    return next((token for token in range(first, VOCABULARY) if token in allowed), allowed[0])
+
+
+def forbidden_now(request: Request, tokens: Sequence[int]) -> set[int]:
+    """Ids that may not follow `tokens`, spelled out naively."""
+    output = list(tokens[request.prompt_len :])
+    result = set()
+    if len(output) < request.params.min_tokens:
+        result |= request.eos_ids | request.stop_ids
+    for word in request.bad_word_ids:
+        for token in range(VOCABULARY):
+            if (*output, token)[-len(word) :] == word:
+                result.add(token)
+    return result
+
+
+def alone(request: Request, max_model_len: int) -> tuple[list[int], FinishReason, int | str | None]:
+    """What a request must come to when nobody disturbs it: tokens, finish, stop reason."""
+    tokens = list(request.tokens[: request.prompt_len])
+    while True:
+        forbidden = sorted(forbidden_now(request, tokens))
+        token = next_token(request.salt, tokens, request.seed, forbidden)
+        tokens.append(token)
+        output = len(tokens) - request.prompt_len
+        if token in request.eos_ids:
+            return tokens, FinishReason.STOP, None
+        if token in request.stop_ids:
+            return tokens, FinishReason.STOP, token
+        if output == request.max_tokens or len(tokens) == max_model_len:
+            return tokens, FinishReason.LENGTH, None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Arguments of a cache and a scheduler. spare_blocks: beyond what one longest request needs."""
+
+    policy: str = "fcfs"
+    block_size: int = 2
+    spare_blocks: int = 2
+    max_num_seqs: int = 3
+    max_num_batched_tokens: int = 8
+    max_model_len: int = 12
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+    kv_cache: bool = True
+
+
+class Memory:
+    """Slots with tags, and the checks that a step must pass to touch them."""
+
+    def __init__(self, block_size: int, blocks: int) -> None:
+        self.block_size = block_size
+        self.slots: list[list[int | None]] = [[None] * block_size for _ in range(blocks)]
+
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """All at once: no destination may be another's, or a source."""
+        destinations = [to for _, to in copies]
+        assert len(set(destinations)) == len(destinations), f"two copies into one block: {copies}"
+        assert not set(destinations) & {source for source, _ in copies}, f"a copy reads another's: {copies}"
+        for source, to in copies:
+            self.slots[to] = self.slots[source].copy()
+
+    def write(self, chunk: Chunk, expected: Sequence[int]) -> set[int]:
+        """Store the chunk's new tags. Returns the blocks written."""
+        written = set()
+        for position in range(chunk.start, chunk.visible):
+            block, offset = divmod(position, self.block_size)
+            self.slots[chunk.blocks[block]][offset] = expected[position]
+            written.add(chunk.blocks[block])
+        return written
+
+    def read(self, chunk: Chunk, expected: Sequence[int]) -> None:
+        """Every key that the chunk sees must be that of its own tokens."""
+        for position in range(chunk.visible):
+            block, offset = divmod(position, self.block_size)
+            found = self.slots[chunk.blocks[block]][offset]
+            assert found == expected[position], f"{chunk.request_id} reads a wrong slot at {position}: {chunk}"
+
+    def wipe(self, block: int) -> None:
+        self.slots[block] = [None] * self.block_size
+
+
+class World:
+    """A scheduler at work, watched."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        blocks = -(-setup.max_model_len // setup.block_size) + setup.spare_blocks
+        self.cache = KVCache(
+            block_size=setup.block_size,
+            num_blocks=blocks,
+            enable_prefix_caching=setup.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(
+            self.cache,
+            make_policy(setup.policy),
+            max_num_seqs=setup.max_num_seqs,
+            max_num_batched_tokens=setup.max_num_batched_tokens,
+            max_model_len=setup.max_model_len,
+            enable_chunked_prefill=setup.enable_chunked_prefill,
+            kv_cache=setup.kv_cache,
+        )
+        self.memory = Memory(setup.block_size, blocks)
+        self.requests: dict[str, Request] = {}
+        self.alive: dict[str, Request] = {}
+        self.told: dict[str, list[int]] = {}
+        self.scored: dict[str, list[int]] = {}
+        self.steps = 0
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        n: int = 1,
+        max_tokens: int = 4,
+        min_tokens: int = 0,
+        priority: int = 0,
+        salt: str = "",
+        prompt_logprobs: int | None = None,
+        bad_words: tuple[tuple[int, ...], ...] = (),
+        stop_ids: frozenset[int] = frozenset(),
+        ignore_eos: bool = False,
+        leader: Request | None = None,
+    ) -> list[Request]:
+        """`n` samples of a prompt, or with a leader one more sample of its prompt."""
+        added: list[Request] = []
+        params = SamplingParams(
+            min_tokens=min_tokens, max_tokens=max(max_tokens, min_tokens), prompt_logprobs=prompt_logprobs
+        )
+        for _ in range(n):
+            number = len(self.requests)
+            request = Request(
+                str(number),
+                list(prompt),
+                len(prompt),
+                params,
+                max(max_tokens, min_tokens),
+                seed=number,
+                eos_ids=frozenset() if ignore_eos else frozenset({EOS}),
+                stop_ids=stop_ids,
+                bad_word_ids=bad_words,
+                priority=priority,
+                salt=salt,
+                leader=leader,
+            )
+            leader = leader or request
+            self.requests[request.request_id] = self.alive[request.request_id] = request
+            self.told[request.request_id] = list(prompt)
+            self.scored[request.request_id] = []
+            self.scheduler.add(request)
+            added.append(request)
+        return added
+
+    def abort(self, request_id: str) -> None:
+        request = self.scheduler.abort(request_id)
+        assert (request is not None) == (request_id in self.alive)
+        if request is not None:
+            assert request.finish is FinishReason.ABORT
+            assert request.tokens == self.told[request_id]
+            del self.alive[request_id]
+
+    def stop(self, request_id: str, at_token: int) -> None:
+        """The text's owner found a stop string after `at_token` output tokens."""
+        request = self.scheduler.finish(request_id, at_token, "stop!")
+        assert (request is not None) == (request_id in self.alive)
+        if request is not None:
+            del self.told[request_id][request.prompt_len + at_token :]
+            assert request.tokens == self.told[request_id]
+            assert (request.finish, request.stop_reason) == (FinishReason.STOP, "stop!")
+            del self.alive[request_id]
+
+    def step(self, meddle: Callable[[str], None] = lambda when: None) -> list[Event]:
+        """One step; `meddle` may add, abort or stop between its parts."""
+        self.steps += 1
+        chosen = self.scheduler.choose()
+        self._check_choice(chosen)
+        meddle("chosen")
+        plan = self.scheduler.plan(chosen)
+        meddle("planned")
+        if plan is None:
+            return []
+        result = self._run(plan)
+        meddle("run")
+        events = self.scheduler.commit(plan, result)
+        for event in events:
+            self._hear(event)
+        self.check()
+        return events
+
+    def _check_choice(self, chosen: Sequence[tuple[Request, int]]) -> None:
+        setup, scheduler = self.setup, self.scheduler
+        assert len({request.request_id for request, _ in chosen}) == len(chosen)
+        assert sum(new for _, new in chosen) <= setup.max_num_batched_tokens
+        assert len(scheduler.running) <= setup.max_num_seqs
+        running = set(map(id, scheduler.running))
+        for request, new in chosen:
+            assert id(request) in running
+            assert 1 <= new <= request.remaining
+            assert setup.enable_chunked_prefill or new == request.remaining
+        if scheduler.has_work and not chosen:
+            assert setup.policy == "static", "nobody runs although somebody could"
+            assert scheduler.more_to_come
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        memory, result = self.memory, StepResult()
+        news = [chunk.new for chunk in plan.chunks]
+        assert sorted(news, key=lambda new: new != 1) == news, "decodes come first"
+        expected = {
+            chunk.request_id: tags(self.requests[chunk.request_id].salt, self.told[chunk.request_id])
+            for chunk in plan.chunks
+        }
+        memory.copy(plan.copies)
+        written: list[set[int]] = []
+        for chunk in plan.chunks:
+            assert list(chunk.token_ids) == self.told[chunk.request_id][chunk.start : chunk.visible]
+            written.append(memory.write(chunk, expected[chunk.request_id]))
+        for chunk, own in zip(plan.chunks, written):
+            memory.read(chunk, expected[chunk.request_id])
+            seen = set(chunk.blocks[: -(-chunk.visible // memory.block_size)])
+            for other in written:
+                assert other is own or not other & seen, "a block is written while another reads it"
+            self._answer(chunk, result)
+        return result
+
+    def _answer(self, chunk: Chunk, result: StepResult) -> None:
+        request, told = self.requests[chunk.request_id], self.told[chunk.request_id]
+        assert (chunk.sampling is not None) == (chunk.visible == len(told))
+        if chunk.sampling is not None:
+            sampling = chunk.sampling
+            assert sampling.position == len(told)
+            assert list(sampling.tokens) == told
+            assert set(sampling.forbidden) == forbidden_now(request, told)
+            token = next_token(request.salt, told, sampling.seed, sampling.forbidden)
+            result.sampled[chunk.request_id] = TokenScore(token)
+        if chunk.prompt_logprobs is not None:
+            following = told[chunk.start + 1 : min(chunk.visible + 1, request.prompt_len)]
+            assert list(chunk.targets) == following
+            result.prompt_scores[chunk.request_id] = [TokenScore(token) for token in chunk.targets]
+
+    def _hear(self, event: Event) -> None:
+        request = event.request
+        request_id = request.request_id
+        assert request_id in self.alive, "news of a request that has ended"
+        self.scored[request_id] += [score.token for score in event.prompt_scores]
+        if event.token is not None:
+            self.told[request_id].append(event.token.token)
+        assert request.tokens == self.told[request_id]
+        assert event.finish is request.finish
+        if request.params.prompt_logprobs is not None and event.token is not None:
+            wanted = [] if request.leader else request.tokens[1 : request.prompt_len]
+            assert self.scored[request_id] == wanted, "each prompt token is scored once"
+        whole, finish, stop_reason = alone(request, self.setup.max_model_len)
+        assert whole[: len(request.tokens)] == request.tokens
+        assert (event.finish is not None) == (len(whole) == len(request.tokens))
+        if event.finish is not None:
+            assert (event.finish, request.stop_reason) == (finish, stop_reason)
+            del self.alive[request_id]
+
+    def check(self) -> None:
+        """What must hold between any two calls."""
+        scheduler, cache = self.scheduler, self.cache
+        cache.check()
+        seen = [*scheduler.running, *scheduler.waiting]
+        assert len(seen) == len(self.alive)
+        assert {request.request_id for request in seen} == set(self.alive)
+        assert set(cache._holdings) <= set(self.alive), "blocks of a request that has ended"
+        for request in scheduler.running:
+            assert 0 <= request.computed < len(request.tokens)
+            assert len(cache.table(request.request_id)) >= cache.blocks_for(request.computed)
+        ranks = [scheduler._ranks[request.request_id] for request in scheduler.running]
+        assert ranks == sorted(ranks)
+        for block in range(cache.num_blocks):
+            if cache._pool.references[block] == 0 and not cache._pool.kept[block]:
+                self.memory.wipe(block)
+
+    def drain(self) -> None:
+        """Run to the end, which must come, and leave nothing behind."""
+        self.scheduler.more_to_come = False
+        lengths = self.setup.max_model_len * (1 if self.setup.kv_cache else self.setup.max_model_len)
+        limit = self.steps + 10 + 4 * len(self.requests) * lengths
+        while self.scheduler.has_work:
+            assert self.steps < limit, "it does not end"
+            self.step()
+        self.check()
+        assert not self.alive
+        assert not self.cache._copying
+        assert self.cache.free_blocks == self.cache.num_blocks
