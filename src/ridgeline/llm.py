@@ -120,13 +120,12 @@ class LLM:
             logger.warning("a prompt was refused: %s", error)
         return [output for output in outputs if output is not None]
 
-    def complete(
-        self, jobs: Iterable[tuple[Prompt, SamplingParams, int]]
-    ) -> Iterator[tuple[int, RequestOutput]]:
+    def complete(self, jobs: Iterable[tuple[Prompt, SamplingParams, int]]) -> Iterator[tuple[int, RequestOutput]]:
         """Run (prompt, sampling_params, priority) jobs; yields (place, output) as each one ends.
 
         Jobs are taken as there is room, so the iterable may be endless; a refused job yields an output
-        with `error` (a RidgelineError in the prompt's place is such a job). Closing the iterator ends what is still running.
+        with `error` (a RidgelineError in the prompt's place is such a job). Closing the iterator ends what
+        is still running.
         """
         engine = self.built.engine
         room = 2 * self.built.config.max_num_seqs
@@ -156,7 +155,8 @@ class LLM:
                 if not open_jobs:
                     continue
                 for delivery, name, _ in self._events(owners):
-                    if delivery.output.finished and open_jobs.pop(delivery.output.request_id, None):
+                    if delivery.output.finished and delivery.output.request_id in open_jobs:
+                        del open_jobs[delivery.output.request_id]
                         yield places.pop(delivery.output.request_id), delivery.output
                     if name not in delivery.unfinished:
                         owners.pop(name, None)
@@ -190,9 +190,7 @@ class LLM:
         prompts: list[Prompt] = []
         for conversation in conversations:
             text = template.render(conversation, add_generation_prompt=add_generation_prompt)
-            prompts.append(
-                {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
-            )
+            prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def close(self) -> None:

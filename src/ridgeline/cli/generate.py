@@ -270,4 +270,3 @@ def _job(line: str, defaults: dict[str, Any]) -> tuple[Any, Any, int]:
         return prompt, SamplingParams.from_mapping({**defaults, **values}), priority
     except RidgelineError as error:
         return error, SamplingParams(), 0
-

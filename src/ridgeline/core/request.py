@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from ridgeline.core.errors import InvalidArgument
@@ -20,16 +20,13 @@ MAX_STOP_STRINGS = 64
 SEED_LIMIT = 1 << 63
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a completion ended. `STOP`: an end token or stop string; `LENGTH`: max_tokens reached."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +86,7 @@ class SamplingParams:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, 1 << 31)
             if self.min_tokens > self.max_tokens:
-                raise InvalidArgument(
-                    "min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}"
-                )
+                raise InvalidArgument("min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:

@@ -113,9 +113,7 @@ def _price_and_table(config: EngineConfig, spec: ModelSpec, resolved: Resolved) 
     if _packs(config, resolved):
         pack(shadow.store)
     price = Price(shadow, resolved.block_size, dtype)
-    table = select(
-        torch.device(resolved.device), lambda work, ops: _trace(price, work, resolved, ops), config.kernels
-    )
+    table = select(torch.device(resolved.device), lambda work, ops: _trace(price, work, resolved, ops), config.kernels)
     return price, table
 
 
@@ -258,8 +256,8 @@ def _ledger(
     blocks = room // layout.bytes_per_block
     if blocks < layout.blocks_for(resolved.max_model_len):
         raise DoesNotFit(
-            f"the KV pool would hold {max(blocks, 0) * layout.block_size} tokens ({max(room, 0) / 1e6:.0f} MB), one request of "
-            f"max_model_len {resolved.max_model_len} needs {one / 1e6:.0f} MB; lower max_model_len, or raise "
+            f"the KV pool would hold {max(blocks, 0) * layout.block_size} tokens ({max(room, 0) / 1e6:.0f} MB), "
+            f"one request of max_model_len {resolved.max_model_len} needs {one / 1e6:.0f} MB; lower max_model_len, or raise "
             "kv_cache_memory_bytes or gpu_memory_utilization"
         )
     return MemoryLedger(

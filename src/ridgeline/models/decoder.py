@@ -128,8 +128,7 @@ class _Builder:
         norms: list[torch.Tensor | None] = [None, None]
         if spec.qk_norm:
             norms = [
-                self.store.vector([(f"{prefix}{name}.weight", spec.head_dim)])
-                for name in (names.q_norm, names.k_norm)
+                self.store.vector([(f"{prefix}{name}.weight", spec.head_dim)]) for name in (names.q_norm, names.k_norm)
             ]
         return Attention(
             self.linear(parts, spec.hidden, spec.qkv_bias),

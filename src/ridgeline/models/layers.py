@@ -22,9 +22,7 @@ class Norm:
     bias: torch.Tensor | None
     eps: float
 
-    def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None, ops: Ops
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None, ops: Ops) -> tuple[torch.Tensor, torch.Tensor]:
         """(normalized x + residual, x + residual), [T, D] each."""
         if self.bias is None:
             return ops.norm(x, residual, self.weight, self.eps)
@@ -124,9 +122,7 @@ class Mixture:
     activation: str
 
     def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
-        return ops.moe(
-            x, self.router, self.gate_up, self.down, self.per_token, self.renormalize, self.activation
-        )
+        return ops.moe(x, self.router, self.gate_up, self.down, self.per_token, self.renormalize, self.activation)
 
 
 @dataclass(slots=True)

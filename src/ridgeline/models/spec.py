@@ -152,14 +152,12 @@ def head_fields(fields: Fields) -> tuple[int, int, int, int]:
             f"{fields.origin}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     if fields.maybe("head_dim") is None and hidden % heads:
-        raise CheckpointError(
-            f"{fields.origin}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
-        )
+        raise CheckpointError(f"{fields.origin}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     return hidden, heads, kv_heads, fields.integer("head_dim", default=hidden // heads)
 
 
 def dtype_name(fields: Fields) -> str:
-    """"float32", "float16" or "bfloat16", from `dtype` (Transformers 5) or `torch_dtype` (4)."""
+    """ "float32", "float16" or "bfloat16", from `dtype` (Transformers 5) or `torch_dtype` (4)."""
     name = fields.text("dtype", "torch_dtype", default="float32").removeprefix("torch.")
     if name not in ("float32", "float16", "bfloat16"):
         raise UnsupportedModel(f"{fields.origin}: dtype {name} is not supported (float32, float16, bfloat16)")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,7 +100,9 @@ class Store:
 
     def release_places(self) -> None:
         """Forget the checkpoint's views, once loaded, so that repacked matrices free their first copy."""
-        self.places = {name: torch.empty(place.shape, dtype=place.dtype, device="meta") for name, place in self.places.items()}
+        self.places = {
+            name: torch.empty(place.shape, dtype=place.dtype, device="meta") for name, place in self.places.items()
+        }
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -153,7 +156,9 @@ def load_checkpoint(store: Store, directory: Path, progress: Callable[[int, int]
         _listed("of the wrong shape", shapes),
     ]
     if any(problems):
-        raise CheckpointError(f"{directory}: the checkpoint does not fit its config.json: " + "; ".join(filter(None, problems)))
+        raise CheckpointError(
+            f"{directory}: the checkpoint does not fit its config.json: " + "; ".join(filter(None, problems))
+        )
 
 
 def _listed(what: str, names: Sequence[str]) -> str:
@@ -172,7 +177,7 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...], Call
                     if name in seen:
                         raise CheckpointError(f"{file}: {name} is in {seen[name].name} as well")
                     seen[name] = file
-                    yield name, tuple(opened.get_slice(name).get_shape()), lambda: opened.get_tensor(name)
+                    yield name, tuple(opened.get_slice(name).get_shape()), partial(opened.get_tensor, name)
         except SafetensorError as error:
             raise CheckpointError(f"{file}: damaged or truncated safetensors file ({error})") from None
         except OSError as error:

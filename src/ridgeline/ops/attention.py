@@ -117,9 +117,7 @@ def attention_inputs(
     for index, count in enumerate(needed):
         tables[index, :count] = order[used : used + count]
         used += count
-    pages = [
-        torch.randn(sum(needed) + 2, kv_heads, block, head_dim, device=device, dtype=dtype) for _ in range(2)
-    ]
+    pages = [torch.randn(sum(needed) + 2, kv_heads, block, head_dim, device=device, dtype=dtype) for _ in range(2)]
     for page in pages:
         page[order[used:].to(page.device)] = float("nan")
     starts = [0]

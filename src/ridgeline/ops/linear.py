@@ -59,9 +59,7 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
     for tokens, inputs, outputs, bias in ((1, 64, 64, False), (3, 96, 200, True), (33, 256, 129, True)):
         yield {
             "x": torch.randn(tokens, inputs, device=device, dtype=dtype),
-            "weight": Weight.dense_from(
-                torch.randn(outputs, inputs, device=device, dtype=dtype) / inputs**0.5
-            ),
+            "weight": Weight.dense_from(torch.randn(outputs, inputs, device=device, dtype=dtype) / inputs**0.5),
             "bias": torch.randn(outputs, device=device, dtype=dtype) if bias else None,
             "activation": "relu" if tokens == 3 else None,
         }

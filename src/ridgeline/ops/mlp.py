@@ -47,8 +47,6 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
     for tokens, inputs, inner in ((1, 64, 128), (5, 96, 80), (40, 256, 200)):
         yield {
             "x": torch.randn(tokens, inputs, device=device, dtype=dtype),
-            "weight": Weight.dense_from(
-                torch.randn(2 * inner, inputs, device=device, dtype=dtype) / inputs**0.5
-            ),
+            "weight": Weight.dense_from(torch.randn(2 * inner, inputs, device=device, dtype=dtype) / inputs**0.5),
             "activation": "silu",
         }

@@ -17,9 +17,7 @@ from ridgeline.ops.op import Tolerance, op
 from ridgeline.ops.weight import nbytes
 
 
-def route(
-    x: torch.Tensor, router: torch.Tensor, top_k: int, renormalize: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def route(x: torch.Tensor, router: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [T, k] (fp32) and experts [T, k] of each token: the top k of softmax(x @ router.T)."""
     scores = F.linear(x, router).float().softmax(-1)
     weights, experts = scores.topk(top_k, dim=-1)

@@ -67,9 +67,7 @@ def layer_norm(
 
 
 @layer_norm.cost
-def _(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> Cost:
+def _(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Cost:
     writes = nbytes(x) if residual is None else 2 * nbytes(x)
     return Cost(
         flops=(7 if residual is None else 8) * x.numel(),

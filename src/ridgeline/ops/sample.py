@@ -61,9 +61,7 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, tokens: int) -> torch.T
     return -torch.log(-torch.log1p(-uniform))
 
 
-def kept(
-    scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
+def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """Which tokens survive top-k, then top-p of what is left, then min-p: a mask [R, V].
 
     scaled: [R, V] logits after the temperature; top_k: [R] int64 (0: all); top_p, min_p: [R] fp32.

@@ -13,9 +13,7 @@ from ridgeline.ops.op import Op
 
 
 class Meter:
-    """An observer that sums floors by op, in order of first appearance.
-
-    """
+    """An observer that sums floors by op, in order of first appearance."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Cost]] = []

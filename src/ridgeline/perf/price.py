@@ -90,9 +90,7 @@ class Price:
         return self._cache[key]
 
 
-def run_meta(
-    model: Decoder, batch: Batch, pages: list[torch.Tensor], rows: int, greedy: bool, ops: Ops
-) -> None:
+def run_meta(model: Decoder, batch: Batch, pages: list[torch.Tensor], rows: int, greedy: bool, ops: Ops) -> None:
     """Forward, logits and sampling of a step, on meta tensors."""
     hidden = model.forward(batch, pages, pages, ops)
     if rows == 0:
@@ -104,5 +102,3 @@ def run_meta(
 
     floats, longs = setting(torch.float32), setting(torch.int64)
     ops.sample(logits, floats, longs, floats, floats, longs, longs, greedy, not greedy)
-
-

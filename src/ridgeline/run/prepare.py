@@ -71,7 +71,8 @@ def prepare(plan: StepPlan, device: torch.device, block_size: int) -> Prepared:
     sampled = [(starts[i + 1] - 1, chunk) for i, chunk in enumerate(chunks) if chunk.sampling is not None]
     settings = [chunk.sampling for _, chunk in sampled if chunk.sampling is not None]
     rows = [row for row, _ in sampled]
-    scored, target_ids = [], []
+    scored: list[tuple[str, int, int]] = []
+    target_ids: list[int] = []
     for index, chunk in enumerate(chunks):
         if chunk.prompt_logprobs is not None and chunk.targets:
             rows.extend(range(starts[index], starts[index] + len(chunk.targets)))
@@ -212,7 +213,10 @@ def _penalties(settings: Sequence[Sampling], device: torch.device) -> Penalties 
         dtype=np.float32,
     )
     presence, frequency, repetition = _send(rates, device)
-    seen_places, added = _send(np.ascontiguousarray(places.T), device), _send(np.ascontiguousarray(bias_places.T), device)
+    seen_places, added = (
+        _send(np.ascontiguousarray(places.T), device),
+        _send(np.ascontiguousarray(bias_places.T), device),
+    )
     counted = _send(times, device)
     return Penalties(
         (

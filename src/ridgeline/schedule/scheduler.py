@@ -45,8 +45,8 @@ class Scheduler:
         nothing then.
 
     What others may hold on to: a plan's `Chunk.blocks` and `Sampling.tokens` are live lists. Both only grow
-    at their end (tokens are cut only when the request ends), so `blocks` up to `visible` and
-    `tokens[:position]` stay as planned for as long as anyone reads them.
+    at their end, so `blocks` up to `visible` and `tokens[:position]` stay as planned for as long as anyone
+    reads them, even if the request ends meanwhile.
 
     Raises DoesNotFit if the pool cannot hold one request, InvalidArgument for arguments that exclude
     each other.
@@ -65,9 +65,7 @@ class Scheduler:
         if max_num_seqs < 1:
             raise InvalidArgument("max_num_seqs", f"must be at least 1, not {max_num_seqs}")
         if max_num_batched_tokens < 1:
-            raise InvalidArgument(
-                "max_num_batched_tokens", f"must be at least 1, not {max_num_batched_tokens}"
-            )
+            raise InvalidArgument("max_num_batched_tokens", f"must be at least 1, not {max_num_batched_tokens}")
         if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
             raise InvalidArgument(
                 "max_num_batched_tokens",
@@ -175,7 +173,7 @@ class Scheduler:
         kept = min(request.prompt_len + at_token, len(request.tokens))
         if self.cache.holds(request_id):
             self.cache.retract(request_id, kept)
-        del request.tokens[kept:]
+        request.tokens = request.tokens[:kept]  # a plan may hold the old list
         request.computed = min(request.computed, kept)
         request.finish, request.stop_reason = FinishReason.STOP, stop_reason
         self._leave(request)

@@ -67,8 +67,8 @@ class SpeedReport:
             f"{100 * self.limit_share:.0f} % of the limit"
         )
         result.append(
-            f"  limit: {self.step_bytes / 1e6:.1f} MB a step at {self.limit.read_bytes_per_s / 1e9:.0f} GB/s, measured at "
-            f"this working set; {100 * self.dram_share:.0f} % of what main memory alone "
+            f"  limit: {self.step_bytes / 1e6:.1f} MB a step at {self.limit.read_bytes_per_s / 1e9:.0f} GB/s, "
+            f"measured at this working set; {100 * self.dram_share:.0f} % of what main memory alone "
             f"({self.limit.dram_bytes_per_s / 1e9:.0f} GB/s) allows"
         )
         return result

@@ -61,9 +61,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML, which no model was trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class ChatTemplate:
@@ -154,9 +152,7 @@ class ChatTemplate:
         for part in self._template.generate(scope):
             room -= len(part)
             if room < 0:
-                raise InvalidArgument(
-                    "messages", f"rendered, they are longer than {self._max_characters} characters"
-                )
+                raise InvalidArgument("messages", f"rendered, they are longer than {self._max_characters} characters")
             parts.append(part)
         return "".join(parts)
 

@@ -54,7 +54,12 @@ class Delivery:
         prompt_ids = first.tokens[: first.prompt_len]
         self.metrics = RequestMetrics(arrival_s=0.0, num_prompt_tokens=len(prompt_ids))
         self.output = RequestOutput(
-            request_id=request_id, prompt=prompt, prompt_token_ids=prompt_ids, outputs=[], finished=False, metrics=self.metrics
+            request_id=request_id,
+            prompt=prompt,
+            prompt_token_ids=prompt_ids,
+            outputs=[],
+            finished=False,
+            metrics=self.metrics,
         )
         self._completions: dict[str, _Completion] = {}
         for index, request in enumerate(requests):
@@ -136,9 +141,7 @@ class Delivery:
 
     def _logprobs(self, score: TokenScore) -> dict[int, Logprob]:
         """The likeliest tokens and the chosen one, by id."""
-        table = {
-            token: Logprob(value, rank + 1, self._text_of(token)) for rank, (token, value) in enumerate(score.top)
-        }
+        table = {token: Logprob(value, rank + 1, self._text_of(token)) for rank, (token, value) in enumerate(score.top)}
         if score.token not in table and score.logprob is not None and score.rank is not None:
             table[score.token] = Logprob(score.logprob, score.rank, self._text_of(score.token))
         return table

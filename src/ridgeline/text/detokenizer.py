@@ -25,9 +25,7 @@ class StreamDetokenizer:
     decode again, because a token's bytes depend on nothing but whether the text has been opened.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
         self._table = tokenizer.token_bytes
         self._skip_special_tokens = skip_special_tokens
         self._opened = self._table.opens(prompt_ids, skip_special_tokens)

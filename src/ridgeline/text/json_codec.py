@@ -82,9 +82,7 @@ class JsonCodec:
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{merges}: does not fit {vocab.name}: {error}") from error
         tokenizer = tokenizers.Tokenizer(model)
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-            add_prefix_space=bool(settings.add_prefix_space)
-        )
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.add_prefix_space))
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         before = settings.named_tokens.get("bos_token") if settings.add_bos_token else None
         after = settings.named_tokens.get("eos_token") if settings.add_eos_token else None

@@ -108,9 +108,7 @@ class TokenBytes:
     for no bytes. Read-only after construction, so safe to share between threads.
     """
 
-    def __init__(
-        self, pieces: Sequence[bytes], first: Mapping[int, bytes], special_ids: frozenset[int]
-    ) -> None:
+    def __init__(self, pieces: Sequence[bytes], first: Mapping[int, bytes], special_ids: frozenset[int]) -> None:
         """`first` overrides `pieces` for ids that read otherwise at the start of a text."""
         self._pieces = list(pieces)
         self._visible = [b"" if token in special_ids else piece for token, piece in enumerate(pieces)]

@@ -69,9 +69,7 @@ class Tokenizer:
         """Ids of control tokens, which `skip_special_tokens` leaves out of a decoded text."""
         return self.token_bytes.special_ids
 
-    def encode(
-        self, text: str, add_special_tokens: bool = True, allow_special_in_text: bool = True
-    ) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, allow_special_in_text: bool = True) -> list[int]:
         """The ids of `text`.
 
         `add_special_tokens` puts BOS and EOS around it as the checkpoint says. With
@@ -124,14 +122,11 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
         for name in _UNREAD_VOCABULARIES:
             if (directory / name).is_file():
                 raise UnsupportedModel(
-                    f"{directory / name}: this kind of vocabulary is not read; "
-                    "a tokenizer.json beside it would be"
+                    f"{directory / name}: this kind of vocabulary is not read; a tokenizer.json beside it would be"
                 )
         for name in _SIDE_FILES:
             if (directory / name).is_file():
-                raise CheckpointError(
-                    f"{directory / name}: there is no vocabulary (tokenizer.json) beside it"
-                )
+                raise CheckpointError(f"{directory / name}: there is no vocabulary (tokenizer.json) beside it")
         return None
     return Tokenizer(codec, settings.chat_template)
 

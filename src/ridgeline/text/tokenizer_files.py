@@ -112,9 +112,7 @@ def _flag(path: Path, config: Mapping[str, Any], key: str) -> bool | None:
     return value
 
 
-def _added_tokens(
-    directory: Path, config: Mapping[str, Any], special_texts: set[str]
-) -> dict[int, AddedTokenEntry]:
+def _added_tokens(directory: Path, config: Mapping[str, Any], special_texts: set[str]) -> dict[int, AddedTokenEntry]:
     """By id, ascending; `added_tokens_decoder` of the config, else the older added_tokens.json."""
     added: dict[int, AddedTokenEntry] = {}
     path = directory / "tokenizer_config.json"
@@ -129,9 +127,7 @@ def _added_tokens(
                 special = content in special_texts
                 added[int(token_id)] = AddedTokenEntry(content, special=special, normalized=not special)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: the list of added tokens is not of the known form: {error!r}"
-        ) from error
+        raise CheckpointError(f"{path}: the list of added tokens is not of the known form: {error!r}") from error
     return dict(sorted(added.items()))
 
 

@@ -23,9 +23,7 @@ def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
     for word in words:
         bare = word.lstrip() if isinstance(word, str) else ""
         if not bare:
-            raise InvalidArgument(
-                "bad_words", f"expected words of at least one visible character, got {word!r}"
-            )
+            raise InvalidArgument("bad_words", f"expected words of at least one visible character, got {word!r}")
         alone, spaced = (tokenizer.encode(text, add_special_tokens=False) for text in (bare, " " + bare))
         candidates = [alone]
         if len(spaced) == len(alone) and spaced != alone:

@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up .venv by itself.
+# GPU targets use the interpreter that is given: make gpu-test PYTHON=python3
+
+BOOTSTRAP ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow check gpu-test bench lock clean
+
+$(READY): requirements.lock pyproject.toml
+	$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ridgeline needs Python 3.11 or later")'
+	$(BOOTSTRAP) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+demo: $(READY)
+	@$(VENV)/bin/ridgeline generate
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest tests -m "not slow and not gpu and not interpret"
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/kernels/triton -m "interpret and not slow"
+
+test-slow: $(READY)
+	$(VENV)/bin/python -m pytest tests -m "slow and not gpu and not interpret"
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/kernels/triton -m "interpret and slow" || [ $$? -eq 5 ]
+
+check: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Needs a CUDA device, torch, triton, transformers and pytest in the interpreter named by PYTHON.
+gpu-test:
+	PYTHONPATH=src $(PYTHON) -m pytest tests -m gpu
+
+bench: $(READY)
+	$(VENV)/bin/python -m benchmarks.run
+
+lock: $(READY)
+	$(VENV)/bin/python -m pip freeze --exclude-editable --all
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
