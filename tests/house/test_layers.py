@@ -33,7 +33,7 @@ LEVELS = {
 
 PACKAGES = {
     "torch": {"ops", "kernels", "models", "run", "perf", "engine", "study", "llm", "kv.pages"},
-    "numpy": {"kernels", "run", "workload", "study"},
+    "numpy": {"kernels", "run", "workload", "study", "kv.pages"},
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "triton": {"kernels"},

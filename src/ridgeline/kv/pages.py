@@ -5,6 +5,9 @@ Knows torch and a KVLayout; the only file of kv/ that does. Must not know reques
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from ridgeline.core.errors import DoesNotFit
@@ -27,10 +30,10 @@ class Pages:
         self.blocks = blocks
         shape = (blocks, layout.kv_heads, layout.block_size, layout.head_dim)
         try:
-            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.layers)]
-            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.layers)]
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            self.keys = [_zeros(shape, dtype, torch.device(device)) for _ in range(layout.layers)]
+            self.values = [_zeros(shape, dtype, torch.device(device)) for _ in range(layout.layers)]
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
                 raise
             raise DoesNotFit(
                 f"the KV pool of {blocks} blocks needs {self.nbytes:,} bytes, which {device} has not free: "
@@ -41,3 +44,11 @@ class Pages:
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return self.blocks * self.layout.bytes_per_block
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros. On a CPU they come from the system's untouched pages, so that a large pool costs no start-up time."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
