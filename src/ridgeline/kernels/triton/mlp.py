@@ -1,0 +1,158 @@
+"""The gated half of a feed-forward network: cuBLAS and one fused gate, or one product for few tokens.
+
+Knows dense weights. It must not know the projection that follows. Kernel "triton" leaves the product to
+cuBLAS, the best there is for many tokens, and fuses activation and multiplication behind it. Kernel
+"triton_fused" has a product of its own for up to 16 tokens, where the weight's bytes are all that
+matters: both halves of the weight are streamed by one program, and [T, 2 I] never exists.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ridgeline.ops.mlp import gated_linear
+from ridgeline.ops.op import cuda
+from ridgeline.ops.weight import Weight
+
+ACTIVATIONS = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+GATE_BLOCK = 1024  # elements of the output a program of the gate takes
+GATE_WARPS = 4
+
+FEW_TOKENS = 16
+"""The most tokens for which the fused product runs: the least number of rows of a tensor core's tile."""
+
+# (columns of the output, inputs a step, warps, stages) of the fused product, by bytes an element.
+FUSED = {2: (32, 128, 4, 4), 4: (16, 64, 4, 3)}
+
+
+@triton.jit
+def activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """The activation of fp32 x by its Hugging Face name (ops/linear.py has the same list)."""
+    if ACTIVATION == "silu" or ACTIVATION == "swish":
+        result = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "relu":
+        result = tl.maximum(x, 0.0)
+    elif ACTIVATION == "gelu":
+        result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        # gelu's tanh form: (1 + tanh z) / 2 is the logistic function of 2 z.
+        z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        result = x / (1.0 + tl.exp(-2.0 * z))
+    return result
+
+
+@triton.jit
+def gated(gates: tl.tensor, ups: tl.tensor, ACTIVATION: tl.constexpr, like: tl.tensor) -> tl.tensor:
+    """activation(gates) * ups of fp32 values, rounded to like's dtype wherever the reference rounds."""
+    kind = like.dtype.element_ty
+    hot = activated(gates.to(kind).to(tl.float32), ACTIVATION).to(kind).to(tl.float32)
+    return (hot * ups.to(kind).to(tl.float32)).to(kind)
+
+
+@triton.jit
+def _gate_kernel(
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < INNER
+    source = gate_up + row * (2 * INNER) + column
+    gates = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    ups = tl.load(source + INNER, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * INNER + column, gated(gates, ups, ACTIVATION, out), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _fused_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    tokens: tl.tensor,
+    x_stride: tl.tensor,
+    WIDTH: tl.constexpr,
+    INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+) -> None:
+    row = tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, STEP)
+    # Columns past the end read the last one instead: cheaper than a mask on the stream of weights.
+    read = tl.minimum(column, INNER - 1).to(tl.int64)
+    x_at = x + row[:, None] * x_stride + depth[None, :]
+    gate_at = weight + read[:, None] * WIDTH + depth[None, :]
+    up_at = gate_at + INNER * WIDTH
+    gates = tl.zeros((ROWS, COLUMNS), tl.float32)
+    ups = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, WIDTH, STEP):
+        inside = depth[None, :] < WIDTH - start
+        part = tl.load(x_at + start, mask=(row[:, None] < tokens) & inside, other=0.0)
+        gate_part = tl.load(gate_at + start, mask=inside, other=0.0)
+        up_part = tl.load(up_at + start, mask=inside, other=0.0)
+        gates = tl.dot(part, gate_part.T, gates, input_precision="ieee")
+        ups = tl.dot(part, up_part.T, ups, input_precision="ieee")
+    target = out + row[:, None] * INNER + column[None, :]
+    mask = (row[:, None] < tokens) & (column[None, :] < INNER)
+    tl.store(target, gated(gates, ups, ACTIVATION, out), mask=mask)
+
+
+def _accepts(x: torch.Tensor, weight: Weight, activation: str = "silu") -> str | None:
+    if weight.format != "dense":
+        return f"takes dense weights, not {weight.format!r}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes fp32, bf16 and fp16, not {x.dtype}"
+    if weight.data.dtype != x.dtype:
+        return f"takes a weight of x's dtype {x.dtype}, not {weight.data.dtype}"
+    if activation not in ACTIVATIONS:
+        return f"knows no activation {activation!r}"
+    return None
+
+
+@gated_linear.kernel("triton", needs=cuda(80), accepts=_accepts)
+def gated_linear_triton(x: torch.Tensor, weight: Weight, activation: str = "silu") -> torch.Tensor:
+    """cuBLAS for both products at once, then one launch for activation and multiplication."""
+    gate_up = F.linear(x, weight.data)
+    tokens, inner = x.shape[0], weight.out_features // 2
+    out = torch.empty(tokens, inner, device=x.device, dtype=x.dtype)
+    if tokens:
+        _gate_kernel[(tokens, triton.cdiv(inner, GATE_BLOCK))](
+            gate_up, out, INNER=inner, ACTIVATION=activation, BLOCK=GATE_BLOCK, num_warps=GATE_WARPS
+        )
+    return out
+
+
+@gated_linear.kernel("triton_fused", needs=cuda(80), accepts=_accepts)
+def gated_linear_fused(x: torch.Tensor, weight: Weight, activation: str = "silu") -> torch.Tensor:
+    """One launch for up to FEW_TOKENS tokens; more go the other kernel's way.
+
+    A token's result does not depend on how many tokens came with it, as long as they are few.
+    """
+    tokens, inner, width = x.shape[0], weight.out_features // 2, weight.in_features
+    if not 0 < tokens <= FEW_TOKENS:
+        return gated_linear_triton(x, weight, activation)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty(tokens, inner, device=x.device, dtype=x.dtype)
+    columns, step, warps, stages = FUSED[x.element_size()]
+    _fused_kernel[(triton.cdiv(inner, columns),)](
+        x,
+        weight.data,
+        out,
+        tokens,
+        x.stride(0),
+        WIDTH=width,
+        INNER=inner,
+        ACTIVATION=activation,
+        ROWS=FEW_TOKENS,
+        COLUMNS=columns,
+        STEP=step,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out

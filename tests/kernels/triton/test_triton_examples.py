@@ -1,0 +1,53 @@
+"""Every kernel of kernels/triton and kernels/torch on its op's own examples, within the op's tolerance."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_checks import kinds
+
+from ridgeline.kernels.select import load_kernels
+from ridgeline.ops import REGISTRY
+
+load_kernels("cuda")
+KERNELS = [
+    (op.name, name)
+    for op in REGISTRY.values()
+    for name, kernel in op.kernels.items()
+    if kernel.need.device == "cuda" and name.startswith(("triton", "torch"))
+]
+
+
+def copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def test_each_op_has_its_kernel() -> None:
+    served = {op for op, name in KERNELS if name == "triton"}
+    assert served == {"norm", "layer_norm", "rope_kv_write", "gated_linear", "attention", "sample", "moe"}
+    assert {op for op, _ in KERNELS} == set(REGISTRY)
+
+
+@pytest.mark.parametrize(("name", "kernel"), KERNELS)
+def test_examples(device: str, name: str, kernel: str) -> None:
+    op = REGISTRY[name]
+    for dtype in kinds(device):
+        tolerance = op.tolerance.get(str(dtype).removeprefix("torch."))
+        if tolerance is None:
+            continue
+        for inputs in op.inputs(device, dtype):
+            accepts = op.kernels[kernel].accepts
+            assert accepts is None or accepts(**inputs) is None
+            mine = {key: copied(value) for key, value in inputs.items()}
+            got, want = op.kernels[kernel].call(**mine), op.reference(**inputs)
+            pairs = zip(got, want) if isinstance(got, tuple) else [(got, want)]
+            if name == "rope_kv_write":
+                pairs = [(got, want), *((mine[p], inputs[p]) for p in ("k_pages", "v_pages"))]
+            elif name == "kv_move":
+                pairs = list(zip(mine["pages"], inputs["pages"]))
+            for a, b in pairs:
+                assert a.dtype == b.dtype
+                torch.testing.assert_close(a, b, atol=tolerance.absolute, rtol=tolerance.relative)
