@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 from ridgeline.core.request import FinishReason, Request, SamplingParams
 from ridgeline.core.step import Chunk, StepPlan, StepResult, TokenScore
@@ -22,7 +23,7 @@ EOS = 0
 
 def tags(salt: str, tokens: Sequence[int]) -> list[int]:
     """What memory must hold at each position of a sequence."""
-    result, tag = [], hash(salt)
+    result, tag = [], crc32(salt.encode())  # hash() of a string differs from run to run
     for token in tokens:
         tag = hash((tag, token))
         result.append(tag)
@@ -138,8 +139,10 @@ class World:
         self.memory = Memory(setup.block_size, blocks)
         self.requests: dict[str, Request] = {}
         self.alive: dict[str, Request] = {}
+        self.outcomes: dict[str, tuple[list[int], FinishReason, int | str | None]] = {}
         self.told: dict[str, list[int]] = {}
         self.scored: dict[str, list[int]] = {}
+        self.planned: dict[str, list[int]] = {}
         self.steps = 0
 
     def add(
@@ -179,6 +182,7 @@ class World:
             )
             leader = leader or request
             self.requests[request.request_id] = self.alive[request.request_id] = request
+            self.outcomes[request.request_id] = alone(request, self.setup.max_model_len)
             self.told[request.request_id] = list(prompt)
             self.scored[request.request_id] = []
             self.scheduler.add(request)
@@ -206,10 +210,14 @@ class World:
     def step(self, meddle: Callable[[str], None] = lambda when: None) -> list[Event]:
         """One step; `meddle` may add, abort or stop between its parts."""
         self.steps += 1
+        first = next(iter(self.scheduler.running), None)
         chosen = self.scheduler.choose()
         self._check_choice(chosen)
+        if first is not None and self.setup.policy != "priority":
+            assert first in self.scheduler.running, "the first in rank lost its seat"
         meddle("chosen")
         plan = self.scheduler.plan(chosen)
+        self.planned = {request_id: tokens.copy() for request_id, tokens in self.told.items()}
         meddle("planned")
         if plan is None:
             return []
@@ -240,14 +248,16 @@ class World:
         news = [chunk.new for chunk in plan.chunks]
         assert sorted(news, key=lambda new: new != 1) == news, "decodes come first"
         expected = {
-            chunk.request_id: tags(self.requests[chunk.request_id].salt, self.told[chunk.request_id])
+            chunk.request_id: tags(self.requests[chunk.request_id].salt, self.planned[chunk.request_id])
             for chunk in plan.chunks
         }
         memory.copy(plan.copies)
         written: list[set[int]] = []
+        kept = bytes(self.cache._pool.kept)
         for chunk in plan.chunks:
-            assert list(chunk.token_ids) == self.told[chunk.request_id][chunk.start : chunk.visible]
+            assert list(chunk.token_ids) == self.planned[chunk.request_id][chunk.start : chunk.visible]
             written.append(memory.write(chunk, expected[chunk.request_id]))
+            assert not any(kept[block] for block in written[-1]), "a published block is written"
         for chunk, own in zip(plan.chunks, written):
             memory.read(chunk, expected[chunk.request_id])
             seen = set(chunk.blocks[: -(-chunk.visible // memory.block_size)])
@@ -257,7 +267,7 @@ class World:
         return result
 
     def _answer(self, chunk: Chunk, result: StepResult) -> None:
-        request, told = self.requests[chunk.request_id], self.told[chunk.request_id]
+        request, told = self.requests[chunk.request_id], self.planned[chunk.request_id]
         assert (chunk.sampling is not None) == (chunk.visible == len(told))
         if chunk.sampling is not None:
             sampling = chunk.sampling
@@ -283,9 +293,11 @@ class World:
         if request.params.prompt_logprobs is not None and event.token is not None:
             wanted = [] if request.leader else request.tokens[1 : request.prompt_len]
             assert self.scored[request_id] == wanted, "each prompt token is scored once"
-        whole, finish, stop_reason = alone(request, self.setup.max_model_len)
+        whole, finish, stop_reason = self.outcomes[request_id]
         assert whole[: len(request.tokens)] == request.tokens
         assert (event.finish is not None) == (len(whole) == len(request.tokens))
+        if event.token is not None and event.finish is None:
+            assert request.computed == (len(request.tokens) - 1 if self.setup.kv_cache else 0)
         if event.finish is not None:
             assert (event.finish, request.stop_reason) == (finish, stop_reason)
             del self.alive[request_id]
@@ -301,6 +313,8 @@ class World:
         for request in scheduler.running:
             assert 0 <= request.computed < len(request.tokens)
             assert len(cache.table(request.request_id)) >= cache.blocks_for(request.computed)
+        for request in scheduler.waiting:
+            assert request.computed == 0 or cache.holds(request.request_id)
         ranks = [scheduler._ranks[request.request_id] for request in scheduler.running]
         assert ranks == sorted(ranks)
         for block in range(cache.num_blocks):

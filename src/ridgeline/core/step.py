@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ridgeline.core.request import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token of a chunk is chosen.
+class Sampling(NamedTuple):
+    """How the next token of a chunk is chosen. (A tuple: hundreds are made in every step.)
 
     position: index of the token to be chosen in its sequence; with `seed` it fixes the noise.
     tokens: the whole sequence so far (for penalties), prompt_len of them from the prompt.
@@ -30,8 +30,7 @@ class Sampling:
     forbidden: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """New tokens of one request in a step.
 
     start: tokens of the request already in the cache; the chunk holds tokens[start : start + new].
@@ -108,7 +107,8 @@ class StepResult:
 class StepRecord:
     """One step for the record: decided, predicted, measured (seconds).
 
-    spans: (new, visible) a request. predicted_s: None while nothing predicts.
+    spans: (new, visible) a request. sampled: requests that got a next token. predicted_s: None while nothing
+    predicts.
     host_s: scheduling, preparation and commit, i.e. the step less the executor's part.
     """
 
@@ -123,6 +123,7 @@ class StepRecord:
     host_s: float
     device_s: float
     predicted_s: float | None = None
+    sampled: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ class KVCache:
         self._index = PrefixIndex()
         self._pool = BlockPool(num_blocks, self._evicted)
         self._holdings: dict[str, _Holding] = {}
-        self._copying: list[int] = []
+        self._copying: Counter[int] = Counter()
 
     @property
     def free_blocks(self) -> int:
@@ -168,12 +168,12 @@ class KVCache:
         pool, blocks = self._pool, holding.blocks
         first, stop = start // self.block_size, self.blocks_for(end)
         present = range(first, min(stop, len(blocks)))
-        shared = [at for at in present if pool.references[blocks[at]] > 1]
+        shared = [at for at in present if self._tables_with(blocks[at]) > 1]
         missing = max(0, stop - len(blocks))
         if pool.free_count - missing - len(shared) < spare_blocks:
             return None
         for at in present:
-            if pool.kept[blocks[at]] and pool.references[blocks[at]] == 1:
+            if pool.kept[blocks[at]] and self._tables_with(blocks[at]) == 1:
                 self._withdraw(blocks[at])
         if len(present):
             holding.published = min(holding.published, first)
@@ -193,7 +193,7 @@ class KVCache:
             old, blocks[at] = blocks[at], block
             if at * self.block_size < start:
                 copies.append((old, block))
-                self._copying.append(old)
+                self._copying[old] += 1
             else:
                 self._pool.release(old)
         holding.blocks = blocks
@@ -202,7 +202,9 @@ class KVCache:
     def copied(self, copies: Iterable[tuple[int, int]]) -> None:
         """These copies are made, or will not be: their sources need not be held any longer."""
         for source, _ in copies:
-            self._copying.remove(source)
+            self._copying[source] -= 1
+            if not self._copying[source]:
+                del self._copying[source]
             self._pool.release(source)
 
     def fork(self, parent_id: str, child_id: str, tokens: int) -> None:
@@ -239,7 +241,7 @@ class KVCache:
         """Take back what this request published beyond its first `tokens` tokens, unless others hold it."""
         holding = self._holdings[request_id]
         for block in holding.blocks[tokens // self.block_size : holding.published]:
-            if self._pool.references[block] == 1 and self._pool.kept[block]:
+            if self._pool.kept[block] and self._tables_with(block) == 1:
                 self._withdraw(block)
         holding.published = min(holding.published, tokens // self.block_size)
 
@@ -256,6 +258,10 @@ class KVCache:
         """Give up all blocks of a request for good. Published ones stay until the room is needed."""
         self.vacate(request_id)
         self._holdings.pop(request_id, None)
+
+    def _tables_with(self, block: int) -> int:
+        """Requests that hold a block. Copies under way do not count: a step copies before it writes."""
+        return self._pool.references[block] - self._copying.get(block, 0)
 
     def _withdraw(self, block: int) -> None:
         self._index.remove(block)

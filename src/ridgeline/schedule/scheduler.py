@@ -6,8 +6,8 @@ executor works: a plan goes out as data, a result comes back as data.
 What keeps it moving. Running requests are kept in the policy's rank order, and one that needs blocks takes
 them from those that rank behind it, never from one before it; if none is behind, it waits a step and keeps
 what it has. So the first in rank always advances, and since the pool holds a whole `max_model_len`, it ends.
-A request is admitted only if blocks for all of its known tokens are free beyond what other unfinished
-prefills still need: prefills never push each other out, only growing outputs can.
+A request is admitted only in a step in which no running one has to wait, and only if blocks for all of its
+known tokens are free: prefills do not push each other out, only growing outputs and priorities can.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from ridgeline.core.errors import ContextLengthExceeded, DoesNotFit, InvalidArgument
 from ridgeline.core.request import FinishReason, Request
 from ridgeline.core.step import Chunk, Sampling, StepPlan, StepResult, TokenScore
-from ridgeline.kv.cache import Copies, KVCache
+from ridgeline.kv.cache import NO_COPIES, Copies, KVCache
 from ridgeline.schedule.event import Event
 from ridgeline.schedule.policy import Policy
 from ridgeline.schedule.queue import Queue, Rank
@@ -90,6 +90,7 @@ class Scheduler:
         self.more_to_come = False
         """Set by whoever knows that further requests will arrive (only the static policy cares)."""
         self.preemptions = 0
+        self._left_tokens = 0  # of the step that is being chosen
         self._arrivals = 0
         self._steps = 0
         self._ranks: dict[str, Rank] = {}
@@ -124,6 +125,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Let a request wait for its turn. A leader must be added before those that follow it.
 
+        Scores of the prompt, if asked for, come with the leader's events only.
+
         Raises ContextLengthExceeded if its tokens leave no room for a new one, InvalidArgument if its id is
         in use, if it has no tokens, or if it is not the sibling of its leader.
         """
@@ -151,7 +154,8 @@ class Scheduler:
             self._queue.follow(leader.request_id, request, rank)
         else:
             self._queue.push(request, rank)
-            self._fork(leader, request)
+            if leader.request_id not in self._copies:  # its last block may be waiting for its content
+                self._fork(leader, request)
 
     def abort(self, request_id: str) -> Request | None:
         """End a request, wherever it is. None if it is not here (any more)."""
@@ -214,7 +218,6 @@ class Scheduler:
         self._settle()
         cache = self.cache
         chosen: list[Choice] = []
-        preemptions = self.preemptions
         behind = False  # is anyone more than one token behind?
         for request in self._running:  # those preempted on the way are further down this list
             computed = request.computed
@@ -230,34 +233,33 @@ class Scheduler:
             if copies:
                 self._note_copies(request, copies)
             chosen.append((request, 1))
+        self._left_tokens = self.max_num_batched_tokens - len(chosen)
         if behind:
             self._go_on(chosen)
-        if self._queue and self.preemptions == preemptions:
+        if self._queue and len(chosen) == len(self._running):
             self._admit(chosen)
         return chosen
 
     def _go_on(self, chosen: list[Choice]) -> None:
         """Unfinished prefills take what the decodes have left of the budget."""
         for request in self._running:
-            remaining = request.remaining
-            left = self._left(chosen)
-            if remaining == 1 or left == 0:
+            new = self._portion(request)
+            if request.remaining == 1 or new == 0:
                 continue
-            new = self._portion(remaining, left)
-            copies = self._make_room(request, request.computed + new, chosen) if new else None
+            copies = self._make_room(request, request.computed + new, chosen)
             if copies is not None:
                 self._note_copies(request, copies)
-                chosen.append((request, new))
+                self._take(request, new, chosen)
 
-    def _left(self, chosen: list[Choice]) -> int:
-        """New tokens that the step can still take."""
-        return self.max_num_batched_tokens - sum(new for _, new in chosen)
+    def _portion(self, request: Request) -> int:
+        """How many of a request's tokens to compute now: what fits, or without chunking all or nothing."""
+        if request.remaining <= self._left_tokens:
+            return request.remaining
+        return self._left_tokens if self.enable_chunked_prefill else 0
 
-    def _portion(self, remaining: int, left: int) -> int:
-        """How much of a prefill to do now: what fits, or without chunking all or nothing."""
-        if remaining <= left:
-            return remaining
-        return left if self.enable_chunked_prefill else 0
+    def _take(self, request: Request, new: int, chosen: list[Choice]) -> None:
+        chosen.append((request, new))
+        self._left_tokens -= new
 
     def _make_room(self, request: Request, end: int, chosen: list[Choice]) -> Copies | None:
         """Blocks up to token `end` for a running request, at the expense of those behind it.
@@ -288,6 +290,7 @@ class Scheduler:
 
     def _preempt(self, victim: Request, chosen: list[Choice]) -> None:
         """Take seat and blocks from a running request; it will compute its tokens again."""
+        self._left_tokens += sum(new for request, new in chosen if request is victim)
         chosen[:] = [choice for choice in chosen if choice[0] is not victim]
         self._running.remove(victim)
         del self._seated[victim.request_id]
@@ -303,22 +306,14 @@ class Scheduler:
     def _admit(self, chosen: list[Choice]) -> None:
         """Seat waiting requests in rank order until one cannot be seated: nobody overtakes."""
         self.policy.gather(self._queue, len(self._running), self.seats, self.more_to_come)
-        displaced = self.preemptions
         while (request := self._queue.head()) is not None and self.policy.admits(request):
+            if self._left_tokens < (1 if self.enable_chunked_prefill else len(request.tokens)):
+                break
             if len(self._running) >= self.seats and not self._displace(request, chosen):
                 break
-            left = self._left(chosen)
-            whole = self.enable_chunked_prefill or len(request.tokens) <= left
-            if left == 0 or not whole or not self._find_blocks(request, chosen):
+            if not self._find_blocks(request, chosen):
                 break
             self._seat(request, chosen)
-            if self.preemptions != displaced and not self._queue_head_displaces():
-                break
-
-    def _queue_head_displaces(self) -> bool:
-        """Whether the next in line outranks someone: after a displacement only such a one may follow."""
-        head = self._queue.head()
-        return head is not None and any(self.policy.displaces(head, one) for one in self._running)
 
     def _find_blocks(self, request: Request, chosen: list[Choice]) -> bool:
         """Give a waiting request its cached blocks, if blocks for all its tokens are free."""
@@ -333,7 +328,7 @@ class Scheduler:
 
     def _attach(self, request: Request) -> bool:
         request_id, cache = request.request_id, self.cache
-        spare = self._spoken_for()
+        spare = cache.num_blocks // RESERVE_SHARE if self._running else 0
         if request_id in self._forked:
             copies = cache.reserve(request_id, request.computed, len(request.tokens), spare)
             if copies is not None:
@@ -353,22 +348,10 @@ class Scheduler:
             request.cached_tokens = found
         return True
 
-    def _spoken_for(self) -> int:
-        """Free blocks that a newcomer must leave: for unfinished prefills, and a small reserve."""
-        if not self._running:
-            return 0
-        cache = self.cache
-        prefills = sum(
-            cache.blocks_for(len(request.tokens)) - len(cache.table(request.request_id))
-            for request in self._running
-            if request.remaining > 1
-        )
-        return prefills + cache.num_blocks // RESERVE_SHARE
-
     def _seat(self, request: Request, chosen: list[Choice]) -> None:
         """Move a request for which there are blocks from the queue to the running ones."""
         request_id = request.request_id
-        new = self._portion(request.remaining, self._left(chosen))
+        new = self._portion(request)
         copies = self.cache.reserve(request_id, request.computed, request.computed + new)
         assert copies is not None, "blocks for all tokens were there"
         self._note_copies(request, copies)
@@ -376,7 +359,7 @@ class Scheduler:
         self._forked.pop(request_id, None)
         insort(self._running, request, key=lambda one: self._ranks[one.request_id])
         self._seated[request_id] = request
-        chosen.append((request, new))
+        self._take(request, new, chosen)
 
     def _displace(self, request: Request, chosen: list[Choice]) -> bool:
         """Preempt one running request in favour of a waiting one, if the policy says so and it can help."""
@@ -399,6 +382,15 @@ class Scheduler:
     def _drop_copies(self, request_id: str) -> None:
         self.cache.copied(self._copies.pop(request_id, ()))
 
+    def _launch_copies(self) -> Copies:
+        """All copies noted, also of requests that do not run in this plan: others may write next to them."""
+        if not self._copies:
+            return NO_COPIES
+        copies = tuple(pair for group in self._copies.values() for pair in group)
+        self._copies.clear()
+        self._launched.append(copies)
+        return copies
+
     def _settle(self) -> None:
         """Copies of earlier plans are made, or ordered before whatever comes: let go of their sources."""
         for copies in self._launched:
@@ -420,14 +412,11 @@ class Scheduler:
         """
         ones: list[Chunk] = []
         others: list[Chunk] = []
-        copies: Copies = ()
-        cache, seated, unscored, pending = self.cache, self._seated, self._unscored, self._copies
+        cache, seated, unscored = self.cache, self._seated, self._unscored
         for request, new in chosen:
             request_id = request.request_id
             if request_id not in seated:
                 continue
-            if pending and request_id in pending:
-                copies += pending.pop(request_id)
             tokens, start = request.tokens, request.computed
             end = start + new
             chunk = Chunk(
@@ -441,10 +430,8 @@ class Scheduler:
             (ones if new == 1 else others).append(chunk)
         if not ones and not others:
             return None
-        if copies:
-            self._launched.append(copies)
         self._steps += 1
-        return StepPlan(self._steps, (*ones, *others), copies)
+        return StepPlan(self._steps, (*ones, *others), self._launch_copies())
 
     # What came of it
 
