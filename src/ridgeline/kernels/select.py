@@ -79,7 +79,8 @@ def select(device: torch.device, trace: Callable[[str, Ops], None], wanted: str 
     tensors. wanted: "auto", or a family of kernels to be used wherever it exists ("reference" included).
     Raises KernelRefused if `wanted` was named and refuses a call, or if a GPU is left with a reference.
     """
-    load_kernels(device.type)
+    if wanted != "reference":
+        load_kernels(device.type)
     capability = 0
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

@@ -14,6 +14,8 @@ from ridgeline.core.errors import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+HUB_LEFT_OUT = ("*/*", "consolidated*")
+"""Folders with other formats, and weights a second time under another layout."""
 
 
 def embedded_model(name: str = "model") -> Path:
@@ -41,7 +43,8 @@ def locate(model: str | os.PathLike[str] | None, revision: str | None = None) ->
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        wanted, unwanted = list(HUB_FILES), list(HUB_LEFT_OUT)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except RepositoryNotFoundError:
         raise CheckpointError(f"{name}: no such directory, and no such repository on the hub") from None
     except LocalEntryNotFoundError:

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 import torch
 
 from ridgeline.models.batch import Batch
-from ridgeline.models.layers import Attention, DecoderLayer, GatedMLP, Linear, Mixture, Norm, PlainMLP
+from ridgeline.models.layers import (
+    Attention,
+    BiasedGatedMLP,
+    DecoderLayer,
+    FeedForward,
+    GatedMLP,
+    Linear,
+    Mixture,
+    Norm,
+    PlainMLP,
+)
 from ridgeline.models.rotary import rotary_tables
 from ridgeline.models.spec import ModelSpec
 from ridgeline.models.weights import Store
@@ -143,7 +153,7 @@ class _Builder:
             spec.norm_eps,
         )
 
-    def mlp(self, prefix: str, number: int) -> GatedMLP | PlainMLP | Mixture:
+    def mlp(self, prefix: str, number: int) -> FeedForward:
         spec, names = self.spec, self.names
         if spec.experts is not None and number in spec.experts.sparse_layers:
             return self.mixture(prefix)
@@ -151,8 +161,11 @@ class _Builder:
         if not spec.gated:
             up = self.linear([(prefix + names.up, spec.intermediate)], spec.hidden, spec.mlp_bias, spec.activation)
             return PlainMLP(up, down)
-        parts = [(f"{prefix}{name}.weight", spec.intermediate) for name in (names.gate, names.up)]
-        return GatedMLP(self.store.matrix(parts, spec.hidden), down, spec.activation)
+        parts = [(prefix + name, spec.intermediate) for name in (names.gate, names.up)]
+        gate_up = self.linear(parts, spec.hidden, spec.mlp_bias)
+        if spec.mlp_bias:
+            return BiasedGatedMLP(gate_up, down, spec.activation)
+        return GatedMLP(gate_up.weight, down, spec.activation)
 
     def mixture(self, prefix: str) -> Mixture:
         spec, names, experts = self.spec, self.names, self.spec.experts

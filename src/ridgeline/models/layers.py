@@ -100,6 +100,18 @@ class GatedMLP:
 
 
 @dataclass(slots=True)
+class BiasedGatedMLP:
+    """down(act(gate x + b) * (up x + c)): the gate stands behind the biases, so it is an op of its own."""
+
+    gate_up: Linear
+    down: Linear
+    activation: str
+
+    def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        return self.down(ops.gate(self.gate_up(x, ops), self.activation), ops)
+
+
+@dataclass(slots=True)
 class PlainMLP:
     """down(act(up x))."""
 
@@ -125,6 +137,9 @@ class Mixture:
         return ops.moe(x, self.router, self.gate_up, self.down, self.per_token, self.renormalize, self.activation)
 
 
+FeedForward = GatedMLP | BiasedGatedMLP | PlainMLP | Mixture
+
+
 @dataclass(slots=True)
 class DecoderLayer:
     """Pre-norm attention and feed-forward; the residual addition is fused into the next norm."""
@@ -132,7 +147,7 @@ class DecoderLayer:
     attention_norm: Norm
     attention: Attention
     mlp_norm: Norm
-    mlp: GatedMLP | PlainMLP | Mixture
+    mlp: FeedForward
 
     def __call__(
         self,

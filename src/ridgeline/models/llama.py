@@ -13,7 +13,8 @@ NAMES = Names()
 
 
 def spec(fields: Fields) -> ModelSpec:
-    """The shape that a Llama config describes."""
+    """The shape that a Llama config describes. What a config leaves out has Transformers' default."""
+    fields = fields.over(bos_token_id=1, eos_token_id=2)
     hidden, heads, kv_heads, head_dim = head_fields(fields)
     layers = fields.integer("num_hidden_layers")
     max_positions = fields.integer("max_position_embeddings", default=2048)

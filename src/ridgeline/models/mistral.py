@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ridgeline.models import llama
 from ridgeline.models.decoder import Names
-from ridgeline.models.spec import Fields, ModelSpec, windows_of
+from ridgeline.models.spec import Fields, ModelSpec, window_of
 
 ARCHITECTURE = "MistralForCausalLM"
 NAMES = Names()
@@ -17,12 +17,12 @@ NAMES = Names()
 
 def spec(fields: Fields) -> ModelSpec:
     """A config without `sliding_window` has Transformers' default of 4,096; null means none."""
+    fields = fields.over(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
     base = llama.spec(fields)
-    window = fields.maybe("sliding_window") if "sliding_window" in fields.values else 4096
     return replace(
         base,
         architecture=ARCHITECTURE,
-        windows=windows_of(fields, base.layers, window),
+        windows=(window_of(fields),) * base.layers,
         qkv_bias=False,
         output_bias=False,
         mlp_bias=False,

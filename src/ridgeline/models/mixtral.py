@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ridgeline.models import llama
 from ridgeline.models.decoder import Names
-from ridgeline.models.spec import Experts, Fields, ModelSpec, windows_of
+from ridgeline.models.spec import Fields, ModelSpec, experts_of, window_of
 
 ARCHITECTURE = "MixtralForCausalLM"
 NAMES = Names(
@@ -22,18 +22,16 @@ NAMES = Names(
 
 def spec(fields: Fields) -> ModelSpec:
     """The weights of the chosen experts always sum to one."""
+    fields = fields.over(
+        num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8
+    )
     base = llama.spec(fields)
     return replace(
         base,
         architecture=ARCHITECTURE,
-        windows=windows_of(fields, base.layers, fields.maybe("sliding_window")),
-        experts=Experts(
-            count=fields.integer("num_local_experts", "num_experts"),
-            per_token=fields.integer("num_experts_per_tok"),
-            intermediate=base.intermediate,
-            renormalize=True,
-            sparse_layers=frozenset(range(base.layers)),
-        ),
+        windows=(window_of(fields),) * base.layers,
+        experts=experts_of(fields, ("num_local_experts",), base.intermediate, True, frozenset(range(base.layers))),
         qkv_bias=False,
         output_bias=False,
+        mlp_bias=False,
     )

@@ -5,7 +5,7 @@ Knows the family's config and names. It must not know how layers compute.
 
 from __future__ import annotations
 
-from ridgeline.core.errors import UnsupportedModel
+from ridgeline.core.errors import CheckpointError, UnsupportedModel
 from ridgeline.models.decoder import Names
 from ridgeline.models.spec import Fields, ModelSpec, dtype_name, token_ids
 
@@ -34,7 +34,10 @@ def spec(fields: Fields) -> ModelSpec:
         raise UnsupportedModel(f"{fields.origin}: OPT with word_embed_proj_dim other than hidden_size is not supported")
     if not fields.flag("layer_norm_elementwise_affine", True):
         raise UnsupportedModel(f"{fields.origin}: OPT with norms without parameters is not supported")
+    fields = fields.over(bos_token_id=2, eos_token_id=2)
     heads = fields.integer("num_attention_heads")
+    if hidden % heads:
+        raise CheckpointError(f"{fields.origin}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     layers = fields.integer("num_hidden_layers")
     biased = fields.flag("enable_bias", True)
     bos, eos = token_ids(fields)

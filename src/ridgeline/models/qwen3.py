@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ridgeline.models import llama
 from ridgeline.models.decoder import Names
-from ridgeline.models.qwen2 import qwen_windows
+from ridgeline.models.qwen2 import DEFAULTS, qwen_windows
 from ridgeline.models.spec import Fields, ModelSpec
 
 ARCHITECTURE = "Qwen3ForCausalLM"
@@ -18,8 +18,8 @@ NAMES = Names()
 
 def spec(fields: Fields) -> ModelSpec:
     """A config without head_dim has Transformers' default of 128, whatever the hidden size."""
-    head_dim = fields.integer("head_dim", default=128)
-    base = llama.spec(Fields({**fields.values, "head_dim": head_dim}, fields.origin))
+    fields = fields.over(**DEFAULTS, head_dim=128)
+    base = llama.spec(fields)
     return replace(
         base,
         architecture=ARCHITECTURE,

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from ridgeline.models import llama
 from ridgeline.models.decoder import Names
-from ridgeline.models.spec import Experts, Fields, ModelSpec, windows_of
+from ridgeline.models.qwen2 import DEFAULTS
+from ridgeline.models.spec import Fields, ModelSpec, experts_of, window_of
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 NAMES = Names()
@@ -17,22 +18,18 @@ NAMES = Names()
 
 def spec(fields: Fields) -> ModelSpec:
     """Every `decoder_sparse_step`-th layer is sparse, less those in `mlp_only_layers`."""
+    fields = fields.over(**{**DEFAULTS, "num_key_value_heads": 4})
     base = llama.spec(fields)
     step = fields.integer("decoder_sparse_step", default=1)
-    dense = set(fields.maybe("mlp_only_layers") or ())
+    dense = fields.integers("mlp_only_layers")
     sparse = frozenset(n for n in range(base.layers) if n not in dense and (n + 1) % step == 0)
-    window = fields.maybe("sliding_window") if fields.flag("use_sliding_window", False) else None
+    inner, renormalize = fields.integer("moe_intermediate_size"), fields.flag("norm_topk_prob", False)
+    window = window_of(fields) if fields.flag("use_sliding_window", False) else None
     return replace(
         base,
         architecture=ARCHITECTURE,
-        windows=windows_of(fields, base.layers, window),
+        windows=(window,) * base.layers,
         qk_norm=True,
         mlp_bias=False,
-        experts=Experts(
-            count=fields.integer("num_experts", "num_local_experts"),
-            per_token=fields.integer("num_experts_per_tok"),
-            intermediate=fields.integer("moe_intermediate_size"),
-            renormalize=fields.flag("norm_topk_prob", False),
-            sparse_layers=sparse,
-        ),
+        experts=experts_of(fields, ("num_experts", "num_local_experts"), inner, renormalize, sparse),
     )

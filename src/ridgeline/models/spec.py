@@ -22,8 +22,9 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 class Rope:
     """Rotary embedding: its base and how it is stretched beyond the trained length.
 
-    original_positions: length the model was trained at; the other fields are those of the paper or
-    release that introduced the kind (llama3: Llama 3.1; yarn: Peng et al., 2309.00071).
+    original_positions: length the model was trained at (llama3 and yarn may say another than the config's
+    own); the other fields are those of the paper or release that introduced the kind (llama3: Llama 3.1;
+    yarn: Peng et al., 2309.00071).
     """
 
     theta: float
@@ -119,6 +120,18 @@ class Fields:
     def maybe(self, name: str) -> Any:
         return self.values.get(name)
 
+    def integers(self, name: str) -> tuple[int, ...]:
+        """An integer or a list of them; () if the key is absent or null."""
+        value = self.values.get(name)
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in several):
+            raise CheckpointError(f"{self.origin}: {name} must be integers >= 0, not {value!r}")
+        return tuple(several)
+
+    def over(self, **defaults: Any) -> Fields:
+        """The same fields with a family's own defaults for keys that are not there (null is there)."""
+        return Fields({**defaults, **self.values}, self.origin)
+
     def _first(self, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
         for name in names:
             if self.values.get(name) is not None:
@@ -156,6 +169,16 @@ def head_fields(fields: Fields) -> tuple[int, int, int, int]:
     return hidden, heads, kv_heads, fields.integer("head_dim", default=hidden // heads)
 
 
+def experts_of(
+    fields: Fields, count: tuple[str, ...], intermediate: int, renormalize: bool, sparse: frozenset[int]
+) -> Experts:
+    """A mixture; `count` are the names under which the number of experts may stand."""
+    experts, used = fields.integer(*count), fields.integer("num_experts_per_tok")
+    if used > experts:
+        raise CheckpointError(f"{fields.origin}: num_experts_per_tok {used} is more than the {experts} experts")
+    return Experts(experts, used, intermediate, renormalize, sparse)
+
+
 def dtype_name(fields: Fields) -> str:
     """ "float32", "float16" or "bfloat16", from `dtype` (Transformers 5) or `torch_dtype` (4)."""
     name = fields.text("dtype", "torch_dtype", default="float32").removeprefix("torch.")
@@ -166,19 +189,16 @@ def dtype_name(fields: Fields) -> str:
 
 def token_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
     """(bos id, end-of-sequence ids)."""
-    bos, eos = fields.maybe("bos_token_id"), fields.maybe("eos_token_id")
-    ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    return bos, ends
+    bos = fields.integer("bos_token_id", least=0) if fields.maybe("bos_token_id") is not None else None
+    return bos, fields.integers("eos_token_id")
 
 
 def rope_of(fields: Fields, max_positions: int) -> Rope:
     """Rotary settings from `rope_parameters` (Transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-    settings: Any = fields.maybe("rope_parameters")
-    if settings is None:
-        settings = dict(fields.maybe("rope_scaling") or {})
-        settings.setdefault("rope_theta", fields.number("rope_theta", default=10000.0))
+    key = "rope_parameters" if fields.maybe("rope_parameters") is not None else "rope_scaling"
+    settings: Any = fields.maybe(key) or {}
     if not isinstance(settings, Mapping):
-        raise CheckpointError(f"{fields.origin}: rope_parameters must be an object, not {settings!r}")
+        raise CheckpointError(f"{fields.origin}: {key} must be an object, not {settings!r}")
     inner = Fields(settings, f"{fields.origin}: rope")
     kind = inner.text("rope_type", "type", default="default")
     if kind not in ROPE_KINDS or any(isinstance(value, Mapping) for value in settings.values()):
@@ -187,10 +207,10 @@ def rope_of(fields: Fields, max_positions: int) -> Rope:
         )
     if inner.number("partial_rotary_factor", default=fields.number("partial_rotary_factor", default=1.0)) != 1:
         raise UnsupportedModel(f"{fields.origin}: partial_rotary_factor other than 1 is not supported")
-    original = inner.integer(
-        "original_max_position_embeddings",
-        default=fields.integer("original_max_position_embeddings", default=max_positions),
-    )
+    original = max_positions
+    if kind in ("llama3", "yarn"):
+        length = "original_max_position_embeddings"
+        original = fields.integer(length, default=inner.integer(length, default=max_positions))
     truncate = inner.flag("truncate", True)
     optional = {
         name: None if inner.maybe(name) is None else inner.number(name)
@@ -215,14 +235,21 @@ def rope_of(fields: Fields, max_positions: int) -> Rope:
     )
 
 
+def window_of(fields: Fields) -> int | None:
+    """`sliding_window`, None if there is none."""
+    return None if fields.maybe("sliding_window") is None else fields.integer("sliding_window")
+
+
 def windows_of(fields: Fields, layers: int, window: int | None, first_windowed: int = 0) -> tuple[int | None, ...]:
     """Each layer's window: from `layer_types` if the file has it, else `window` from a first layer on."""
     kinds = fields.maybe("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise CheckpointError(f"{fields.origin}: layer_types must be a list, not {kinds!r}")
     if kinds is None or window is None:
         return tuple(window if layer >= first_windowed else None for layer in range(layers))
     if len(kinds) != layers:
         raise CheckpointError(f"{fields.origin}: layer_types names {len(kinds)} layers, the model has {layers}")
-    unknown = sorted({kind for kind in kinds if kind not in ("full_attention", "sliding_attention")})
+    unknown = sorted({str(kind) for kind in kinds if kind not in ("full_attention", "sliding_attention")})
     if unknown:
         raise UnsupportedModel(f"{fields.origin}: layer_types {', '.join(unknown)} are not supported")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

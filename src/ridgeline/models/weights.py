@@ -20,7 +20,8 @@ from ridgeline.core.errors import CheckpointError, UnsupportedModel
 from ridgeline.ops.weight import Weight
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
-SHOWN_NAMES = 8
+SHOWN_NAMES = 1000
+"""Of a checkpoint that does not fit, so many names of a kind are listed: all, unless there are very many."""
 
 
 class Store:
@@ -106,7 +107,10 @@ class Store:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, by its index if it has one."""
+    """The safetensors files of a checkpoint: by its index, else model.safetensors, else all that are there.
+
+    Some repositories hold the same weights a second time under another layout (consolidated.safetensors).
+    """
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -117,7 +121,8 @@ def weight_files(directory: Path) -> list[Path]:
         if lost:
             raise CheckpointError(f"{directory}: files named by the index are missing: {', '.join(lost)}")
         return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
+    single = directory / "model.safetensors"
+    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if files:
         return files
     other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in directory.glob(pattern))

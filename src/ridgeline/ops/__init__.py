@@ -7,7 +7,7 @@ from ridgeline.ops.attention import attention
 from ridgeline.ops.embed import embed
 from ridgeline.ops.kv_move import kv_move
 from ridgeline.ops.linear import linear
-from ridgeline.ops.mlp import gated_linear
+from ridgeline.ops.mlp import gate, gated_linear
 from ridgeline.ops.moe import moe
 from ridgeline.ops.norm import layer_norm, norm
 from ridgeline.ops.op import REGISTRY, Op, Ops
@@ -23,6 +23,7 @@ __all__ = [
     "adjust",
     "attention",
     "embed",
+    "gate",
     "gated_linear",
     "kv_move",
     "layer_norm",

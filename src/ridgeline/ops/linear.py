@@ -15,9 +15,12 @@ from ridgeline.core.cost import Cost
 from ridgeline.ops.op import Tolerance, op
 from ridgeline.ops.weight import Weight, nbytes
 
+ACTIVATIONS = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+"""By their Hugging Face names."""
+
 
 def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
-    """Apply an activation by its Hugging Face name; None is the identity."""
+    """Apply one of ACTIVATIONS; None is the identity."""
     match activation:
         case None:
             return x
@@ -41,6 +44,8 @@ def linear(
     x: [T, in_features]; weight: [out_features, in_features]; bias: [out_features]. Returns
     [T, out_features] in x's dtype.
     """
+    if x.device.type == "meta":
+        return torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     return activate(F.linear(x, weight.dense(), bias), activation)
 
 

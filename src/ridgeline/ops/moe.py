@@ -40,10 +40,10 @@ def moe(
 
     x: [T, D]; router: [E, D]; gate_up: [E, 2 I, D] (gate's rows first); down: [E, D, I]. Returns [T, D].
     """
+    if x.device.type == "meta":
+        return torch.empty_like(x)
     weights, experts = route(x, router, top_k, renormalize)
     out = torch.zeros_like(x)
-    if x.device.type == "meta":
-        return out
     for expert in experts.unique().tolist():
         rows, places = (experts == expert).nonzero(as_tuple=True)
         inner = gate(F.linear(x[rows], gate_up[expert]), activation)
@@ -61,13 +61,16 @@ def _(
     renormalize: bool,
     activation: str = "silu",
 ) -> Cost:
-    """Weights are read of the expected number of distinct experts, E (1 - (1 - k / E)^T)."""
+    """FLOPs of the products alone, as for `linear`.
+
+    Weights are read of the expected number of distinct experts, E (1 - (1 - k / E)^T).
+    """
     tokens, hidden = x.shape
     count, inner = gate_up.shape[0], gate_up.shape[1] // 2
     active = count * (1 - (1 - top_k / count) ** tokens)
     expert_bytes = nbytes(gate_up, down) / count
     return Cost(
-        flops=2 * tokens * hidden * count + top_k * tokens * (6 * hidden * inner + 5 * inner + 2 * hidden),
+        flops=2 * tokens * hidden * count + 6 * tokens * top_k * hidden * inner,
         read_bytes=nbytes(x, router) + active * expert_bytes,
         write_bytes=nbytes(x),
         launches=3,

@@ -32,6 +32,8 @@ def norm(
     x, residual: [T, D]; weight: [D]. Returns (normalized, x + residual), both [T, D] in x's dtype. A
     kernel may overwrite `residual` with the sum; x is left as it is.
     """
+    if x.device.type == "meta":
+        return torch.empty_like(x), x if residual is None else torch.empty_like(x)
     total = x if residual is None else x + residual
     return rms_norm(total, weight, eps), total
 
@@ -62,6 +64,8 @@ def layer_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm of x + residual (Ba et al., 1607.06450); shapes as in `norm`, bias: [D]."""
+    if x.device.type == "meta":
+        return torch.empty_like(x), x if residual is None else torch.empty_like(x)
     total = x if residual is None else x + residual
     return F.layer_norm(total, (total.shape[-1],), weight, bias, eps), total
 

@@ -62,6 +62,8 @@ def rope_kv_write(
     """
     kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
     q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
+    if qkv.device.type == "meta":
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
     if cos is not None and sin is not None:

@@ -103,6 +103,8 @@ def sample(
     [R] int64. greedy: every row is greedy; cut: some row uses top_k, top_p or min_p (both known to the
     host, so that the work is left out otherwise). Returns [R] int64.
     """
+    if logits.device.type == "meta":
+        return torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     wide = logits.float()
     if greedy:
         return lowest_argmax(wide)

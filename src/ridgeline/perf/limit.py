@@ -15,8 +15,10 @@ import torch
 
 from ridgeline.core.cost import Cost
 
-DRAM_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
-REPEATS = 5
+DRAM_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+REPEATS = 7
+BUDGET_S = 0.08
+"""No work is repeated beyond this: a slow machine must not make its user wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +49,17 @@ def measure_limit(device: torch.device, working_set_bytes: int, dtype: torch.dty
 
 
 def read_rate(device: torch.device, size_bytes: int) -> float:
-    """Best bytes/s over reading (a sum) and copying (read and written) `size_bytes` of fp32."""
+    """Best bytes/s over a sum, a dot product of the halves and a copy (read and written) of `size_bytes` of fp32."""
     data = torch.ones(max(size_bytes // 4, 1024), dtype=torch.float32, device=device)
     half = data.numel() // 2
     source, target = data[:half], data[half : 2 * half]
-    passes = max(1, min(64, (64 << 20) // size_bytes))
-    reading = _best_seconds(lambda: data.sum(), device, passes)
-    copying = _best_seconds(lambda: target.copy_(source), device, passes)
-    return data.numel() * 4 / min(reading, copying)
+    passes = max(1, min(64, (16 << 20) // max(size_bytes, 1)))
+    works: tuple[Callable[[], object], ...] = (
+        data.sum,
+        lambda: torch.dot(source, target),
+        lambda: target.copy_(source),
+    )
+    return data.numel() * 4 / min(_best_seconds(work, device, passes) for work in works)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -66,10 +71,12 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device, passes: int) -> float:
-    """Shortest time of one `work()`, over REPEATS runs of `passes` each, after a warm-up."""
+    """Shortest time of one `work()`, over at most REPEATS runs of `passes` each, after a warm-up."""
     work()
-    best = float("inf")
+    best, begin = float("inf"), time.perf_counter()
     for _ in range(REPEATS):
+        if best < float("inf") and time.perf_counter() - begin > BUDGET_S:
+            break
         _wait(device)
         start = time.perf_counter()
         for _ in range(passes):

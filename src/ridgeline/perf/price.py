@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ridgeline.core.cost import Cost
+from ridgeline.core.cost import ZERO, Cost
 from ridgeline.core.step import Spans
 from ridgeline.models.batch import Batch, meta_batch
 from ridgeline.models.decoder import Decoder
@@ -60,9 +60,14 @@ class Price:
 
     def step(self, spans: Spans, rows: int, greedy: bool = True) -> Cost:
         """Floor of a step: forward, logits of `rows` rows, sampling."""
-        tokens = sum(spans.new)
-        dense = self._dense(tokens, rows, greedy)
-        total = dense.cost
+        dense = self._dense(sum(spans.new), rows, greedy)
+        return self._attention(dense, spans, dense.cost)
+
+    def attention(self, spans: Spans) -> Cost:
+        """Attention's part of a step; the rest depends on the numbers of tokens and rows alone."""
+        return self._attention(self._dense(1, 1, True), spans, ZERO)
+
+    def _attention(self, dense: _Dense, spans: Spans, total: Cost) -> Cost:
         for times, call in dense.attention:
             total += attention.floor(**{**call, "spans": spans}) * times
         return total
