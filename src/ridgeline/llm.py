@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+import sys
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import CheckpointError, InvalidArgument, RidgelineError
-from ridgeline.core.request import CompletionOutput, FinishReason, RequestOutput, SamplingParams
+from ridgeline.core.request import CompletionOutput, FinishReason, Request, RequestOutput, SamplingParams
 from ridgeline.engine.build import Built, build
+from ridgeline.engine.interrupt import Uninterrupted
+from ridgeline.models.checkpoint import locate
+from ridgeline.schedule import Event
 from ridgeline.text.chat import ChatTemplate
 from ridgeline.text.delivery import Delivery
 from ridgeline.text.intake import Intake, Prompt
@@ -38,37 +45,59 @@ class StreamPart:
     output: RequestOutput
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A prompt under way: its requests, and where their outputs gather.
+
+    place: its number among the jobs of one call; ended: where that call learns of its end.
+    """
+
+    delivery: Delivery
+    requests: list[Request]
+    place: int
+    ended: deque[_Job]
+
+
 class LLM:
     """A model, loaded and ready.
 
     model: a checkpoint directory, a hub id, or None for the embedded model. Keyword arguments are the
     fields of `EngineConfig` (vLLM's names); an unknown one raises InvalidArgument.
 
-    Use it in a `with` block, or call `close()`; deleting it gives the memory back as well.
+    Use it in a `with` block, or call `close()`; deleting it gives the memory back as well. Calls may be
+    nested (a `stream` beside another, a `generate` inside of a loop over `complete`): each step serves
+    all. They must come from one thread at a time. Ctrl-C ends a call between two steps, and the LLM is
+    as good as before.
     """
 
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
         self._built: Built | None = None
+        self._jobs: dict[str, _Job] = {}
+        self._count = 0
         config = EngineConfig.from_mapping({"model": None if model is None else str(model), **settings})
-        self._built = build(config)
-        directory = self._built.directory if self._built.directory.is_dir() else self._built.directory.parent
+        where = locate(config.model, config.revision)
+        directory = where if where.is_dir() else where.parent
         source = Path(config.tokenizer) if config.tokenizer else directory
         if not source.is_dir():
             raise CheckpointError(f"{source}: no such tokenizer directory")
         self.tokenizer: Tokenizer | None = load_tokenizer(source)
-        self._generation = _generation_config(directory)
+        self._template = None if self.tokenizer is None else ChatTemplate.of(self.tokenizer)
+        generation = _generation_config(directory)
+        self._defaults = _default_params(generation, directory)
+        also_ends = _end_ids(generation, directory)
+        with _LoadingBar() as bar:
+            self._built = build(replace(config, model=str(where)), bar.show)
         resolved, spec = self._built.config, self._built.spec
-        eos = self._generation.get("eos_token_id")
-        extra = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         self.intake = Intake(
             self.tokenizer,
             spec.vocabulary,
-            tuple(dict.fromkeys((*spec.eos_ids, *extra))),
+            [token for token in (*spec.eos_ids, *also_ends) if token < spec.vocabulary],
             resolved.max_model_len,
             resolved.max_logprobs,
             resolved.seed,
         )
-        self._count = 0
+        for line in self._built.lines():
+            logger.info(line)
 
     @property
     def built(self) -> Built:
@@ -79,11 +108,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Defaults with what the checkpoint's generation_config.json says."""
-        given = {name: self._generation.get(name) for name in GENERATION_FIELDS}
-        if self._generation.get("do_sample") is False:
-            given["temperature"] = 0.0
-        known = {field.name for field in fields(SamplingParams)}
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None and name in known})
+        return self._defaults
 
     def generate(
         self,
@@ -104,75 +129,74 @@ class LLM:
             raise InvalidArgument("priority", f"has {len(priority)} values for {len(asked)} prompts")
         jobs = zip(asked, params, priority or [0] * len(asked))
         bar = _progress_bar(len(asked)) if use_tqdm else None
-        outputs: list[RequestOutput | None] = [None] * len(asked)
+        outputs: dict[int, RequestOutput] = {}
+        start, tokens = time.perf_counter(), 0
         try:
-            for place, output in self.complete(jobs):
-                outputs[place] = output
-                if bar is not None:
-                    bar.update(1)
+            with closing(self.complete(jobs)) as completed:
+                for place, output in completed:
+                    outputs[place] = output
+                    if bar is not None:
+                        tokens += sum(len(one.token_ids) for one in output.outputs)
+                        bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tok/s", refresh=False)
+                        bar.update(1)
         finally:
             if bar is not None:
                 bar.close()
-        errors = [output.error for output in outputs if output is not None and output.error is not None]
+        errors = [output.error for output in outputs.values() if output.error is not None]
         if len(errors) == len(asked):
-            raise errors[0]
+            raise outputs[0].error or errors[0]
         for error in errors:
             logger.warning("a prompt was refused: %s", error)
-        return [output for output in outputs if output is not None]
+        return [outputs[place] for place in range(len(asked))]
 
-    def complete(self, jobs: Iterable[tuple[Prompt, SamplingParams, int]]) -> Iterator[tuple[int, RequestOutput]]:
+    def complete(
+        self, jobs: Iterable[tuple[Prompt | RidgelineError, SamplingParams, int]]
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
         """Run (prompt, sampling_params, priority) jobs; yields (place, output) as each one ends.
 
         Jobs are taken as there is room, so the iterable may be endless; a refused job yields an output
         with `error` (a RidgelineError in the prompt's place is such a job). Closing the iterator ends what
         is still running.
         """
-        engine = self.built.engine
         room = 2 * self.built.config.max_num_seqs
         numbered = enumerate(jobs)
-        places: dict[str, int] = {}
-        open_jobs: dict[str, Delivery] = {}
-        owners: dict[str, Delivery] = {}
-        more = True
+        ended: deque[_Job] = deque()
+        under_way: dict[int, _Job] = {}
+        more, requests = True, 0
         try:
-            while more or open_jobs:
-                while more and len(owners) < room:
-                    job = next(numbered, None)
-                    if job is None:
+            while more or under_way:
+                while more and requests < room:
+                    taken = next(numbered, None)
+                    if taken is None:
                         more = False
                         break
-                    place, (prompt, params, priority) = job
+                    place, (prompt, params, priority) = taken
                     try:
-                        delivery, requests = self._delivery(prompt, params, priority)
+                        job = self._job(prompt, params, priority, place, ended)
                     except RidgelineError as error:
                         yield place, _refused(f"refused-{place}", prompt, error)
                         continue
-                    places[delivery.output.request_id] = place
-                    open_jobs[delivery.output.request_id] = delivery
-                    for request in requests:
-                        owners[request.request_id] = delivery
-                        engine.add(request)
-                if not open_jobs:
-                    continue
-                for delivery, name, _ in self._events(owners):
-                    if delivery.output.finished and delivery.output.request_id in open_jobs:
-                        del open_jobs[delivery.output.request_id]
-                        yield places.pop(delivery.output.request_id), delivery.output
-                    if name not in delivery.unfinished:
-                        owners.pop(name, None)
+                    under_way[place] = job
+                    requests += len(job.requests)
+                    self._start(job)
+                if under_way and not ended:  # a call nested in the loop over this one may have stepped
+                    self._step()
+                while ended:
+                    job = ended.popleft()
+                    del under_way[job.place]
+                    requests -= len(job.requests)
+                    yield job.place, job.delivery.output
         finally:
-            self._end(open_jobs.values())
+            self._end(under_way.values())
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamPart]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[StreamPart, None, None]:
         """Complete one prompt, yielding each completion's new text as it comes.
 
         Raises InvalidArgument before the first part. Closing the iterator ends the request.
         """
-        params = self._params(sampling_params, 1)[0]
-        delivery, requests = self._delivery(prompt, params, 0)
-        for request in requests:
-            self.built.engine.add(request)
-        return self._parts(delivery)
+        return self._parts(self._job(prompt, self._params(sampling_params, 1)[0], 0, 0, deque()))
 
     def chat(
         self,
@@ -181,26 +205,31 @@ class LLM:
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the checkpoint's chat template."""
-        template = None if self.tokenizer is None else ChatTemplate.of(self.tokenizer)
-        if self.tokenizer is None or template is None:
+        """Answer one conversation, or several, through the checkpoint's chat template.
+
+        Like `generate`: of several, one that cannot be run gets an output with `error` set.
+        """
+        if self.tokenizer is None or self._template is None:
             raise InvalidArgument("messages", "this model has no chat template; use generate() with a prompt")
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
-        prompts: list[Prompt] = []
+        prompts: list[Any] = []
         for conversation in conversations:
-            text = template.render(conversation, add_generation_prompt=add_generation_prompt)
-            prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
+            try:
+                text = self._template.render(conversation, add_generation_prompt=add_generation_prompt)
+                ids = self.tokenizer.encode(text, add_special_tokens=False)
+                prompts.append({"prompt": text, "prompt_token_ids": ids})
+            except InvalidArgument as error:
+                prompts.append(error)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def close(self) -> None:
         """Give back all memory. Calling it again does nothing."""
-        if self._built is not None:
-            built, self._built = self._built, None
-            built.engine.close()
-            on_gpu = built.config.device.startswith("cuda")
-            del built
-            _collect(on_gpu)
+        if self._built is None:
+            return
+        self._end(list(self._jobs.values()))
+        built, self._built = self._built, None
+        built.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -211,7 +240,8 @@ class LLM:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_built", None) is not None:
+        # At the interpreter's end its memory goes back anyway, and half of the modules are gone.
+        if getattr(self, "_built", None) is not None and not sys.is_finalizing():
             self.close()
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -223,63 +253,88 @@ class LLM:
             raise InvalidArgument("sampling_params", f"must be one SamplingParams or a list of {count}")
         return list(given)
 
-    def _delivery(self, prompt: Prompt, params: SamplingParams, priority: int) -> tuple[Delivery, list[Any]]:
+    def _job(self, prompt: Any, params: SamplingParams, priority: int, place: int, ended: deque[_Job]) -> _Job:
+        """A prompt made ready. Raises RidgelineError; the engine has not seen it then."""
         self.built  # noqa: B018 - a closed LLM refuses here
         if isinstance(prompt, RidgelineError):
             raise prompt
         request_id = str(self._count)
         text, requests = self.intake.requests(request_id, prompt, params, priority)
         self._count += 1
-        return Delivery(request_id, text, requests, self.tokenizer), requests
+        return _Job(Delivery(request_id, text, requests, self.tokenizer), requests, place, ended)
 
-    def _parts(self, delivery: Delivery) -> Iterator[StreamPart]:
-        outputs = delivery.output.outputs
-        shown = [0] * len(outputs)
-        names = delivery.unfinished
-        owners = dict.fromkeys(names, delivery)
+    def _parts(self, job: _Job) -> Generator[StreamPart, None, None]:
+        delivery, outputs = job.delivery, job.delivery.output.outputs
         try:
-            while not delivery.output.finished:
-                for _, name, text in self._events(owners):
-                    index = names.index(name)
-                    completion = outputs[index]
-                    ids = tuple(completion.token_ids[shown[index] :])
-                    shown[index] += len(ids)
-                    if ids or text or completion.finish_reason:
-                        yield StreamPart(index, text, ids, completion.finish_reason, delivery.output)
+            self._start(job)
+            while True:
+                finished = delivery.output.finished
+                for index, text, ids in delivery.news():
+                    yield StreamPart(index, text, ids, outputs[index].finish_reason, delivery.output)
+                if finished:
+                    return
+                if not delivery.output.finished:  # another call's step may have been the last
+                    self._step()
         finally:
-            self._end([delivery])
+            self._end([job])
 
-    def _events(self, owners: Mapping[str, Delivery]) -> Iterator[tuple[Delivery, str, str]]:
-        """One step of the engine: (delivery, request id, its new text) for each event of these owners."""
+    def _start(self, job: _Job) -> None:
         engine = self.built.engine
-        events = engine.step()
-        now = engine.clock.now()
-        for event in events:
-            name = event.request.request_id
-            delivery = owners.get(name)
-            if delivery is None:
-                continue
-            text = ""
-            delivery.scheduled(now, event.request)
-            if event.prompt_scores:
-                delivery.prompt_scores(event.prompt_scores)
-            if event.token is not None:
-                text, stopped = delivery.push(name, event.token, now)
-                if stopped is not None:
-                    engine.finish(name, stopped.at_token, stopped.stop)
-            if event.finish is not None:
-                text += delivery.finish(name, event.finish, event.request.stop_reason, now)
-            yield delivery, name, text
+        with Uninterrupted():
+            for request in job.requests:
+                engine.add(request)
+                self._jobs[request.request_id] = job
 
-    def _end(self, deliveries: Iterable[Delivery]) -> None:
-        """Take what is left of these prompts out of the engine; all their blocks return."""
+    def _step(self) -> None:
+        """One step of the engine; its events reach the jobs of every call, whoever stepped."""
+        engine = self.built.engine
+        if not engine.has_work:
+            raise RuntimeError("a prompt waits for the engine, which does not know it")
+        with Uninterrupted():
+            try:
+                events = engine.step()
+            except BaseException:
+                self._end(list(self._jobs.values()), FinishReason.ERROR)  # what the step has written is unknown
+                raise
+            now = engine.clock.now()
+            for event in events:
+                self._deliver(event, now)
+
+    def _deliver(self, event: Event, now: float) -> None:
+        name = event.request.request_id
+        job = self._jobs.get(name)
+        if job is None:
+            return
+        delivery = job.delivery
+        delivery.scheduled(event.request)
+        if event.prompt_scores:
+            delivery.prompt_scores(event.prompt_scores)
+        ended = event.finish is not None
+        if event.token is not None:
+            _, stopped = delivery.push(name, event.token, now)
+            if stopped is not None:
+                self.built.engine.finish(name, stopped.at_token, stopped.stop)
+                ended = True
+        if event.finish is not None:
+            delivery.finish(name, event.finish, event.request.stop_reason, now)
+        if ended:
+            del self._jobs[name]
+            if delivery.output.finished:
+                job.ended.append(job)
+
+    def _end(self, jobs: Iterable[_Job], reason: FinishReason = FinishReason.ABORT) -> None:
+        """Take what is left of these jobs out of the engine; all their blocks return."""
         if self._built is None:
             return
         engine = self._built.engine
-        for delivery in deliveries:
-            for name in delivery.unfinished:
-                engine.abort(name)
-                delivery.finish(name, FinishReason.ABORT, None, engine.clock.now())
+        with Uninterrupted():
+            for job in jobs:
+                for name in job.delivery.unfinished:
+                    engine.abort(name)
+                    job.delivery.finish(name, reason, None, engine.clock.now())
+                    self._jobs.pop(name, None)
+                    if job.delivery.output.finished:
+                        job.ended.append(job)
 
 
 def _as_list(prompts: Any) -> list[Any]:
@@ -308,24 +363,56 @@ def _generation_config(directory: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: must hold a JSON object")
     return values
 
 
+def _default_params(generation: Mapping[str, Any], directory: Path) -> SamplingParams:
+    """SamplingParams() with the checkpoint's recommendations."""
+    given = {name: generation[name] for name in GENERATION_FIELDS if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        given["temperature"] = 0.0
+    try:
+        return SamplingParams(**given)
+    except InvalidArgument as error:
+        raise CheckpointError(f"{directory / 'generation_config.json'}: {error}") from None
+
+
+def _end_ids(generation: Mapping[str, Any], directory: Path) -> list[int]:
+    """The ends of sequence that generation_config.json names beside those of config.json."""
+    value = generation.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+        file = directory / "generation_config.json"
+        raise CheckpointError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
+    return ids
+
+
+class _LoadingBar:
+    """A bar on the terminal for weights that take longer than a second to load."""
+
+    def __enter__(self) -> _LoadingBar:
+        self._bar: Any = None
+        return self
+
+    def show(self, done: int, total: int) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc="loading", unit="tensor", delay=1.0, leave=False, disable=None)
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def _progress_bar(total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc="prompts", unit="prompt", dynamic_ncols=True)
-
-
-def _collect(on_gpu: bool) -> None:
-    import gc
-
-    gc.collect()
-    if on_gpu:
-        import torch
-
-        torch.cuda.empty_cache()

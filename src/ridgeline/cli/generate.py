@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import closing
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ridgeline.cli import options
 from ridgeline.core.errors import InvalidArgument, RidgelineError
@@ -20,6 +24,10 @@ from ridgeline.core.errors import InvalidArgument, RidgelineError
 DEMO_PROMPT = '''def is_palindrome(text: str) -> bool:
     """Return whether a text reads the same backwards."""
 '''
+
+
+RECORD_START = b'{"line": '
+SHOWN_REFUSALS = 10
 
 
 def command(
@@ -49,9 +57,14 @@ def command(
     scheduling_policy: options.SchedulingPolicy = "fcfs",
     load_format: options.LoadFormat = "auto",
     kernels: options.Kernels = "auto",
+    verbose: options.Verbose = False,
     as_json: options.Json = False,
 ) -> None:
-    """Complete PROMPT, or every prompt of --file."""
+    """Complete PROMPT, or every prompt of --file.
+
+    A line of --file is a JSON string, or an object with "prompt" or "prompt_token_ids" and any sampling
+    parameters of its own. Run the same command again to go on where an earlier run was stopped.
+    """
     if file is not None and prompt is not None:
         raise InvalidArgument("prompt", "give a PROMPT or --file, not both")
     if file is not None and output is None:
@@ -91,6 +104,8 @@ def command(
         kernels=kernels,
     )
     with LLM(model, **settings) as llm:
+        if verbose and not as_json:
+            show_engine(llm.built, Console(stderr=True))
         if jobs is not None:
             jobs.run(llm, as_json)
         else:
@@ -102,33 +117,70 @@ def _one(llm: Any, prompt: str, params: Any, as_json: bool) -> None:
     from ridgeline.study.speed import Speed
 
     console = Console(stderr=True, soft_wrap=True)
-    speed = Speed(llm.built)
-    several = params.n > 1
-    outputs = None
-    if not as_json and not several:
-        print(prompt, end="", flush=True)
+    streams = not as_json and params.n == 1
+    output = None
     try:
-        for part in llm.stream(prompt, params):
-            outputs = part.output
+        parts = llm.stream(prompt, params)
+        speed = Speed(llm.built)
+        if streams:
+            print(prompt, end="", flush=True)
+        for part in parts:
+            output = part.output
             speed.part(len(part.token_ids))
-            if not as_json and not several:
+            if streams:
                 print(part.text, end="", flush=True)
     except KeyboardInterrupt:
         console.print("\ninterrupted", style="yellow")
         sys.exit(130)
     report = speed.report()
     if as_json:
-        print(json.dumps({"prompt": prompt, **_completions(outputs), "speed": report.as_dict()}, ensure_ascii=False))
+        record = {"prompt": prompt, **_completions(output), "speed": report.as_dict(), **_engine(llm.built)}
+        print(json.dumps(record, ensure_ascii=False))
         return
-    if several and outputs is not None:
-        for completion in outputs.outputs:
+    if not streams and output is not None:
+        for completion in output.outputs:
             print(f"--- {completion.index} ({completion.finish_reason})\n{prompt}{completion.text}")
     print(flush=True)
+    _print_speed(console, report)
+
+
+def _print_speed(console: Console, report: Any) -> None:
     for line in report.lines():
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
+
+
+def show_engine(built: Any, console: Console) -> None:
+    """What was decided and why, and the memory ledger, as two tables."""
+    from ridgeline.engine.memory import ledger_rows, size
+
+    values = _settings(built.config)
+    reasons = built.config.reasons
+    settings = Table("setting", "value", "why", title=f"{built.directory}", title_justify="left", title_style="bold")
+    for name, value in values.items():
+        settings.add_row(Text(name), Text(str(value)), Text(reasons.get(name, "")))
+    memory = Table("memory", "bytes", "", title_justify="left")
+    memory.columns[1].justify = "right"
+    for what, amount, remark in ledger_rows(built.ledger, built.config):
+        memory.add_row(what, size(amount), remark)
+    console.print(settings)
+    console.print(memory)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {one.name: getattr(config, one.name) for one in fields(config) if one.name != "reasons"}
+
+
+def _engine(built: Any) -> dict[str, Any]:
+    """Settings and memory for --json."""
+    length = built.config.max_model_len
+    return {
+        "settings": _settings(built.config),
+        "memory": {**asdict(built.ledger), "fits": {"requests": built.ledger.fits(length), "tokens": length}},
+    }
 
 
 def _completions(output: Any) -> dict[str, Any]:
+    """A RequestOutput's completions as JSON, with log-probabilities where they were asked for."""
     return {
         "outputs": [
             {
@@ -137,10 +189,20 @@ def _completions(output: Any) -> dict[str, Any]:
                 "token_ids": one.token_ids,
                 "finish_reason": one.finish_reason,
                 "stop_reason": one.stop_reason,
+                **({} if one.logprobs is None else {"logprobs": [_logprobs(table) for table in one.logprobs]}),
             }
-            for one in (output.outputs if output is not None else ())
-        ]
+            for one in output.outputs
+        ],
+        **(
+            {}
+            if output.prompt_logprobs is None
+            else {"prompt_logprobs": [table and _logprobs(table) for table in output.prompt_logprobs]}
+        ),
     }
+
+
+def _logprobs(table: Any) -> dict[str, Any]:
+    return {str(token): asdict(one) for token, one in table.items()}
 
 
 class _Jobs:
@@ -161,10 +223,15 @@ class _Jobs:
         self.lines = [(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
         if not self.lines:
             raise InvalidArgument("file", f"{file} holds no prompts")
-        self.done = self._finished()
+        try:
+            self.done = self._finished()
+            output.open("a").close()
+        except OSError as error:
+            raise InvalidArgument("output", f"{output} cannot be written: {error.strerror}") from None
 
     def _finished(self) -> set[int]:
-        if not self.output.exists():
+        """Lines done by earlier runs. Nothing of a file that is not ours is ever changed."""
+        if not self.output.is_file():
             return set()
         raw = self.output.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
@@ -173,100 +240,120 @@ class _Jobs:
             try:
                 done.add(int(json.loads(line)["line"]))
             except (ValueError, KeyError, TypeError):
-                raise InvalidArgument(
-                    "output", f"{self.output} line {place + 1} is no result of this command; name another file"
-                ) from None
-        if len(whole) < len(raw):
+                raise self._foreign(place) from None
+        rest = raw[len(whole) :]
+        if rest:
+            if not (rest.startswith(RECORD_START) or RECORD_START.startswith(rest)):
+                raise self._foreign(len(done))
             with self.output.open("r+b") as opened:
                 opened.truncate(len(whole))
         return done
 
+    def _foreign(self, place: int) -> InvalidArgument:
+        return InvalidArgument(
+            "output", f"{self.output} line {place + 1} is no result of this command; name another file"
+        )
+
     def run(self, llm: Any, as_json: bool) -> None:
-        """Complete what is not done yet; every finished prompt is on disk before the next line is printed."""
+        """Complete what is not done yet; every finished prompt is on disk before the next one is waited for."""
         from tqdm import tqdm
 
-        from ridgeline.core.request import RequestOutput
+        from ridgeline.study.speed import Speed
 
         console = Console(stderr=True, soft_wrap=True)
         todo = [(number, line) for number, line in self.lines if number not in self.done]
-        numbers: list[int] = []
         refused: list[tuple[int, str]] = []
-        start, tokens, finished = time.perf_counter(), 0, 0
-
-        def jobs() -> Any:
-            for number, line in todo:
-                numbers.append(number)
-                yield _job(line, self.sampling)
-
+        metrics: list[Any] = []
+        tokens = 0
+        jobs = (_job(line, self.sampling) for _, line in todo)
         bar = tqdm(
-            total=len(self.lines), initial=len(self.done), desc="prompts", unit="prompt", disable=as_json or None
+            total=len(self.lines),
+            initial=len(self.done),
+            desc="prompts",
+            unit="prompt",
+            dynamic_ncols=True,
+            disable=as_json or None,
         )
         interrupted = False
+        speed = Speed(llm.built)
+        start = time.perf_counter()
         try:
-            with self.output.open("a", encoding="utf-8") as out:
-                for place, output in llm.complete(jobs()):
-                    assert isinstance(output, RequestOutput)
-                    record: dict[str, Any] = {"line": numbers[place]}
+            with self.output.open("a", encoding="utf-8") as out, closing(llm.complete(jobs)) as completed:
+                for place, output in completed:
+                    record: dict[str, Any] = {"line": todo[place][0]}
                     if output.error is not None:
                         record["error"] = str(output.error)
-                        refused.append((numbers[place], str(output.error)))
                     else:
                         record.update(_completions(output))
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
                     out.flush()
-                    finished += 1
+                    if output.error is not None:
+                        refused.append((todo[place][0], str(output.error)))
+                    else:
+                        metrics.append(output.metrics)
                     tokens += sum(len(one.token_ids) for one in output.outputs)
+                    bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tok/s", refresh=False)
                     bar.update(1)
-                    bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tok/s")
         except KeyboardInterrupt:
             interrupted = True
         except OSError as error:
-            bar.close()
             raise RidgelineError(
-                f"{self.output} cannot be written: {error.strerror}; {finished} results are safe, "
-                "run the same command again to go on"
+                f"{self.output} cannot be written: {error.strerror}; {len(metrics) + len(refused)} results of this "
+                "run are safe, run the same command again to go on"
             ) from None
-        bar.close()
+        finally:
+            bar.close()
         seconds = time.perf_counter() - start
+        finished = len(metrics) + len(refused)
+        report = speed.report_all(metrics, seconds)
         summary = {
             "prompts": len(self.lines),
             "finished_before": len(self.done),
             "finished": finished,
             "refused": len(refused),
+            "interrupted": interrupted,
             "output_tokens": tokens,
             "seconds": seconds,
-            "tokens_per_s": tokens / seconds,
+            "speed": report.as_dict(),
+            **_engine(llm.built),
         }
         if as_json:
             print(json.dumps(summary))
         else:
-            for number, message in refused[:10]:
-                console.print(f"line {number + 1} was refused: {message}", style="yellow", highlight=False)
+            for number, message in refused[:SHOWN_REFUSALS]:
+                console.print(
+                    f"line {number + 1} was refused: {message}", style="yellow", highlight=False, markup=False
+                )
+            if len(refused) > SHOWN_REFUSALS:
+                more = f'{len(refused) - SHOWN_REFUSALS} more lines were refused; their "error" is in {self.output}'
+                console.print(Text(more, style="yellow"))
             console.print(
-                f"{finished} of {len(todo)} prompts, {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tok/s"
-                f" -> {self.output}",
+                f"{finished} of {len(todo)} prompts in {seconds:.1f} s -> {self.output}"
+                + (f" ({len(self.done)} were there)" if self.done else ""),
                 highlight=False,
+                markup=False,
             )
+            if metrics:
+                _print_speed(console, report)
         if interrupted:
             console.print("interrupted; run the same command again to go on", style="yellow")
             sys.exit(130)
 
 
-def _job(line: str, defaults: dict[str, Any]) -> tuple[Any, Any, int]:
+def _job(line: str, defaults: dict[str, Any]) -> tuple[Any, Any, Any]:
     """A line of --file as (prompt, SamplingParams, priority); a bad line becomes a job that is refused."""
     from ridgeline.core.request import SamplingParams
 
     try:
         values = json.loads(line)
-    except ValueError as error:
-        return InvalidArgument("prompt", f"the line is not valid JSON ({error})"), SamplingParams(), 0
-    if isinstance(values, str):
-        values = {"prompt": values}
-    if not isinstance(values, dict):
-        return InvalidArgument("prompt", "the line must be a JSON object or a string"), SamplingParams(), 0
-    prompt = {name: values.pop(name) for name in ("prompt", "prompt_token_ids") if name in values}
-    priority = values.pop("priority", 0)
-    try:
+        if isinstance(values, str):
+            values = {"prompt": values}
+        if not isinstance(values, dict):
+            raise InvalidArgument("prompt", "the line must be a JSON object or a string")
+        prompt = {name: values.pop(name) for name in ("prompt", "prompt_token_ids") if name in values}
+        priority = values.pop("priority", 0)
         return prompt, SamplingParams.from_mapping({**defaults, **values}), priority
     except RidgelineError as error:
         return error, SamplingParams(), 0
+    except ValueError as error:
+        return InvalidArgument("prompt", f"the line is not valid JSON ({error})"), SamplingParams(), 0

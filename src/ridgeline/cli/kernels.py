@@ -9,6 +9,7 @@ import json
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ridgeline.cli import options
 
@@ -32,8 +33,11 @@ def command(
         ]
         print(json.dumps({"kernels": rows}))
         return
-    shown = Table("op", "work", "kernel", "why", "refused")
+    grouped: dict[tuple[str, str, str, str], list[str]] = {}
     for row in table.rows:
         refused = "; ".join(f"{name}: {reason}" for name, reason in row.refused.items())
-        shown.add_row(row.op, row.work, row.kernel, row.reason, refused)
+        grouped.setdefault((row.op, row.kernel, row.reason, refused), []).append(row.work)
+    shown = Table("op", "work", "kernel", "why", "refused")
+    for (op, kernel, reason, refused), works in grouped.items():
+        shown.add_row(*(Text(one) for one in (op, ", ".join(works), kernel, reason, refused)))
     Console().print(shown)

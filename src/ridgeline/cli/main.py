@@ -9,6 +9,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from ridgeline import __version__
 from ridgeline.cli import generate, kernels
@@ -42,7 +43,12 @@ def main() -> None:
     try:
         application(standalone_mode=True)
     except RidgelineError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        message = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

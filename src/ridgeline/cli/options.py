@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ridgeline.core.config import EngineConfig
-
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Checkpoint directory or hub id; the embedded model if left out."),
@@ -32,9 +30,10 @@ ChunkedPrefill = Annotated[
 SchedulingPolicy = Annotated[str, typer.Option(help="fcfs, priority or static.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, safetensors or dummy (random weights).")]
 Kernels = Annotated[str, typer.Option(help="Family of kernels: auto, reference, torch, triton or cpu.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print every setting with its reason, and where the memory goes.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-DEFAULTS = EngineConfig()
 
 
 def engine_settings(**values: Any) -> dict[str, Any]:

@@ -100,7 +100,16 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise InvalidArgument("gpu_memory_utilization", f"must be in (0, 1], not {share!r}")
-        for name in ("enable_chunked_prefill", "kv_cache", "enforce_eager", "batch_invariant"):
+        for name in ("model", "tokenizer", "revision"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise InvalidArgument(name, f"must be a path or a name, not {value!r}")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise InvalidArgument("seed", f"must be an integer, not {self.seed!r}")
+        flags = ("enable_prefix_caching", "enable_chunked_prefill", "kv_cache", "enforce_eager", "batch_invariant")
+        for name in flags:
+            if name == "enable_prefix_caching" and self.enable_prefix_caching is None:
+                continue
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(name, f"must be true or false, not {getattr(self, name)!r}")
         if self.enable_prefix_caching and not self.kv_cache:
@@ -149,8 +158,10 @@ class Resolved:
 class MemoryLedger:
     """Where the memory goes, in bytes, decided before the first request.
 
-    total_bytes: the device's; usable_bytes: what the engine may use of it; weights, kv, activations (the
-    largest step), rest (what others hold, and libraries).
+    total_bytes: the device's; usable_bytes: what may be in use of it, by the engine and others together;
+    weights, kv, activations (the largest step), rest (what others hold, and libraries). These four are
+    never more than usable_bytes; what is left of it stays free. kv_tokens: slots of the KV pool, in blocks
+    of block_size.
     """
 
     total_bytes: int
@@ -161,7 +172,13 @@ class MemoryLedger:
     rest_bytes: int
     kv_tokens: int
     bytes_per_token: int
+    block_size: int
+
+    @property
+    def free_bytes(self) -> int:
+        """What nobody has claimed of usable_bytes."""
+        return self.usable_bytes - self.weight_bytes - self.kv_bytes - self.activation_bytes - self.rest_bytes
 
     def fits(self, tokens: int) -> int:
-        """How many requests of `tokens` tokens are resident at once."""
-        return self.kv_tokens // max(tokens, 1)
+        """How many requests of `tokens` tokens are resident at once, each in whole blocks of its own."""
+        return self.kv_tokens // self.block_size // max(-(-tokens // self.block_size), 1)

@@ -188,6 +188,7 @@ class Request:
     eos_ids: the model's ends of sequence (none if ignored); stop_ids: ids that the user ends at.
     bad_word_ids: token sequences never to be completed.
     leader: another request whose prompt blocks this one will share (the first of n samples), or None.
+    scheduled_s: when the first step that it is in began; None before.
     """
 
     request_id: str
@@ -200,6 +201,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     arrival_s: float = 0.0
+    scheduled_s: float | None = None
     priority: int = 0
     salt: str = ""
     leader: Request | None = None

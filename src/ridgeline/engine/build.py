@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,9 @@ from ridgeline.engine.memory import (
     LIBRARY_BYTES,
     LiveBytes,
     device_memory_bytes,
+    ledger_rows,
+    reference_bytes,
+    size,
 )
 from ridgeline.engine.torch_executor import TorchExecutor
 from ridgeline.kernels.select import Table, select
@@ -38,8 +41,9 @@ from ridgeline.models.spec import read_config
 from ridgeline.models.weights import Store, load_checkpoint
 from ridgeline.ops import Ops
 from ridgeline.perf.price import Price
-from ridgeline.run.runner import Runner
+from ridgeline.run.runner import SCORED_ROWS, Runner
 from ridgeline.schedule import Scheduler, make_policy
+from ridgeline.schedule.policies import POLICIES
 
 DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -60,6 +64,28 @@ class Built:
     price: Price
     runner: Runner
 
+    def lines(self) -> list[str]:
+        """What was decided and why, and the memory ledger: for a log."""
+        names = [one.name for one in fields(self.config) if one.name != "reasons"]
+        reasons = self.config.reasons
+        settings = (
+            f"{name}={getattr(self.config, name)}" + (f" ({reasons[name]})" if name in reasons else "")
+            for name in names
+        )
+        memory = (
+            f"{what} {size(amount)}" + (f" ({remark})" if remark else "")
+            for what, amount, remark in ledger_rows(self.ledger, self.config)
+        )
+        return [f"{self.directory}: " + ", ".join(settings), "memory: " + ", ".join(memory)]
+
+    def close(self) -> None:
+        """Give back all memory, if nobody holds on to a part."""
+        on_gpu = self.config.device.startswith("cuda")
+        self.engine.close()
+        del self.runner
+        if on_gpu:
+            torch.cuda.empty_cache()
+
 
 def build(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> Built:
     """Locate, parse, choose kernels, load, size the KV pool, assemble.
@@ -75,7 +101,8 @@ def build(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     layout = KVLayout(spec.layers, spec.kv_heads, spec.head_dim, dtype.itemsize, resolved.block_size)
     ledger = _ledger(config, resolved, model, layout, price, table)
     blocks = ledger.kv_bytes // layout.bytes_per_block
-    resolved = replace(resolved, num_blocks=blocks)
+    reasons = {**resolved.reasons, "num_blocks": f"what {size(ledger.kv_bytes)} hold"}
+    resolved = replace(resolved, num_blocks=blocks, reasons=reasons)
     pages = Pages(layout, blocks, device, dtype)
     runner = Runner(model, pages, table, device, resolved.block_size)
     cache = KVCache(
@@ -119,6 +146,10 @@ def _price_and_table(config: EngineConfig, spec: ModelSpec, resolved: Resolved) 
 
 def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
     reasons: dict[str, str] = {}
+    if config.scheduling_policy not in POLICIES:
+        raise InvalidArgument(
+            "scheduling_policy", f"must be one of {', '.join(POLICIES)}, not {config.scheduling_policy!r}"
+        )
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,34 +263,32 @@ def _ledger(
 ) -> MemoryLedger:
     """Sizes of everything, before any of it is needed. DoesNotFit if one request of full length cannot run."""
     device = torch.device(resolved.device)
-    activations = _activation_bytes(resolved, price)
+    activations = _activation_bytes(resolved, model.spec, price, table)
     if device.type == "cuda":
         activations = max(activations, _measured_activations(resolved, model, layout, table, device))
-    gc.collect()
+        gc.collect()
     total, available = device_memory_bytes(device)
     weights = model.store.nbytes
+    rest = max(total - available - weights, 0) + (LIBRARY_BYTES if device.type == "cuda" else 0)
+    usable = int(total * config.gpu_memory_utilization) if device.type == "cuda" else total
     one = layout.blocks_for(resolved.max_model_len) * layout.bytes_per_block
-    wanted = layout.blocks_for(resolved.max_model_len) * resolved.max_num_seqs * layout.bytes_per_block
-    if device.type == "cuda":
-        usable = int(total * config.gpu_memory_utilization)
-        held = total - available
-        rest = max(held - weights, 0) + LIBRARY_BYTES
-        room = usable - weights - rest - activations
-    else:
-        usable = available
-        rest = 0
-        room = min(int(available * CPU_POOL_SHARE), CPU_POOL_LIMIT_BYTES, available - activations)
-        room = max(room, min(one, available - activations))
-        room = min(room, wanted)
+    most = usable - rest - weights - activations
+    room = most
     if config.kv_cache_memory_bytes is not None:
+        most = total - rest - weights - activations
         room = config.kv_cache_memory_bytes
-    blocks = room // layout.bytes_per_block
-    if blocks < layout.blocks_for(resolved.max_model_len):
+        usable = max(usable, min(total, rest + weights + activations + room))
+    elif device.type == "cpu":
+        room = min(max(int(available * CPU_POOL_SHARE), one), max(CPU_POOL_LIMIT_BYTES, one), most)
+        room = min(room, one * resolved.max_num_seqs)
+    if room > most or room < one:
         raise DoesNotFit(
-            f"the KV pool would hold {max(blocks, 0) * layout.block_size} tokens ({max(room, 0) / 1e6:.0f} MB), "
-            f"one request of max_model_len {resolved.max_model_len} needs {one / 1e6:.0f} MB; lower max_model_len, or raise "
-            "kv_cache_memory_bytes or gpu_memory_utilization"
+            f"the KV pool would have {size(max(room, 0))}: one request of max_model_len {resolved.max_model_len} "
+            f"needs {size(one)}, and beside weights ({size(weights)}), activations ({size(activations)}) and what "
+            f"others hold ({size(rest)}) {resolved.device} has room for {size(max(most, 0))}; lower max_model_len "
+            "or max_num_batched_tokens, or change kv_cache_memory_bytes or gpu_memory_utilization"
         )
+    blocks = room // layout.bytes_per_block
     return MemoryLedger(
         total_bytes=total,
         usable_bytes=usable,
@@ -269,22 +298,26 @@ def _ledger(
         rest_bytes=rest,
         kv_tokens=blocks * layout.block_size,
         bytes_per_token=layout.bytes_per_token,
+        block_size=layout.block_size,
     )
 
 
-def _activation_bytes(resolved: Resolved, price: Price) -> int:
-    """Peak of live op outputs in the largest steps: a full prefill chunk, and a full batch sampled."""
-    peak = 0
-    for tokens, rows in (
-        (resolved.max_num_batched_tokens, 1),
-        (max(resolved.max_num_seqs, 1), max(resolved.max_num_seqs, 1)),
+def _activation_bytes(resolved: Resolved, spec: ModelSpec, price: Price, table: Table) -> int:
+    """Peak of live op outputs in the largest steps: a full prefill chunk, a full batch sampled with penalties,
+    and prompt tokens scored."""
+    tokens, length = resolved.max_num_batched_tokens, resolved.max_model_len
+    new = min(tokens, length)
+    rows = min(resolved.max_num_seqs, tokens)
+    peaks = []
+    for spans, sampled, more_bytes in (
+        (Spans((new,) * (tokens // new), (length,) * (tokens // new)), min(SCORED_ROWS, tokens), 4 + 1 + 8),
+        (Spans((1,) * rows, (length,) * rows), rows, 4),
     ):
         live = LiveBytes()
-        length = min(tokens, resolved.max_model_len)
-        spans = Spans((tokens,), (max(length, tokens),))
-        price.trace(spans, rows, False, Ops({}, live))
-        peak = max(peak, live.peak_bytes)
-    return peak
+        price.trace(spans, sampled, False, Ops({}, live))
+        # For each logit beside it: its logarithm, a comparison and its count in 64 bits; or its adjusted value.
+        peaks.append(live.peak_bytes + more_bytes * sampled * spec.vocabulary)
+    return max(peaks) + reference_bytes(table, spec, new, rows, length)
 
 
 def _measured_activations(

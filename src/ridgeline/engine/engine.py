@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ridgeline.core.clock import Clock
 from ridgeline.core.request import Request
-from ridgeline.core.step import Spans, StepPlan, StepRecord
+from ridgeline.core.step import Spans, StepPlan, StepRecord, StepResult
 from ridgeline.engine.executor import Executor
 from ridgeline.schedule import Event, Scheduler
 
@@ -53,20 +53,36 @@ class Engine:
         return self.scheduler.has_work
 
     def step(self) -> list[Event]:
-        """Run one step; an empty list if there was nothing to run."""
+        """Run one step; an empty list if there was nothing to run.
+
+        If the executor raises, the requests of the step have ended (what it wrote of them is unknown) and
+        their blocks are back; the error goes on to the caller.
+        """
         start = self.clock.now()
         preempted = self.scheduler.preemptions
-        plan = self.scheduler.plan(self.scheduler.choose())
+        chosen = self.scheduler.choose()
+        plan = self.scheduler.plan(chosen)
         if plan is None:
             return []
+        for request, _ in chosen:
+            if request.scheduled_s is None:
+                request.scheduled_s = start
         predicted = None if self.predict is None else self.predict(plan)
-        result = self.executor.run(plan).result()
+        try:
+            result = self.executor.run(plan).result()
+        except BaseException:
+            for chunk in plan.chunks:
+                self.scheduler.abort(chunk.request_id)
+            self.scheduler.commit(plan, StepResult())  # lets go of the blocks that it would have copied
+            raise
         events = self.scheduler.commit(plan, result)
         if self.listeners:
-            self._record(plan, start, result.device_s, predicted, self.scheduler.preemptions - preempted)
+            self._record(plan, start, result, predicted, self.scheduler.preemptions - preempted)
         return events
 
-    def _record(self, plan: StepPlan, start: float, device_s: float, predicted: float | None, preempted: int) -> None:
+    def _record(
+        self, plan: StepPlan, start: float, result: StepResult, predicted: float | None, preempted: int
+    ) -> None:
         spans = Spans(tuple(c.new for c in plan.chunks), tuple(c.visible for c in plan.chunks))
         record = StepRecord(
             number=plan.number,
@@ -77,9 +93,10 @@ class Engine:
             free_blocks=self.scheduler.cache.free_blocks,
             preempted=preempted,
             start_s=start,
-            host_s=self.clock.now() - start - device_s,
-            device_s=device_s,
+            host_s=self.clock.now() - start - result.device_s,
+            device_s=result.device_s,
             predicted_s=predicted,
+            sampled=len(result.sampled),
         )
         for listener in self.listeners:
             listener(record)

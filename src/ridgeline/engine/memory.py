@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from ridgeline.core.config import MemoryLedger, Resolved
+from ridgeline.kernels.select import Table
+from ridgeline.models.spec import ModelSpec
 from ridgeline.ops import Op
 
 CPU_POOL_LIMIT_BYTES = 2 << 30
@@ -19,6 +22,12 @@ CPU_POOL_LIMIT_BYTES = 2 << 30
 CPU_POOL_SHARE = 0.3
 LIBRARY_BYTES = 400 << 20
 """What libraries hold on a GPU beside the allocator (context, cuBLAS workspaces, compiled kernels)."""
+
+
+REFERENCE_SAMPLE_BYTES = 64
+"""What the reference of `sample` holds at once for each (row, token): noise words of 64 bits, sorted copies."""
+REFERENCE_ATTENTION_BYTES = 12
+"""What the reference of `attention` holds at once for each (head, query, key): scores, masked, softmax in fp32."""
 
 
 class LiveBytes:
@@ -44,6 +53,20 @@ class LiveBytes:
 
     def _died(self, size: int) -> None:
         self.live_bytes -= size
+
+
+def reference_bytes(table: Table, spec: ModelSpec, tokens: int, rows: int, length: int) -> int:
+    """Most that a reference holds inside of one op: outputs on meta do not show it, kernels hold little.
+
+    tokens: new tokens of one request; rows: sampled at once; length: keys that a query may see.
+    """
+    most = 0
+    served = {row.op for row in table.rows if row.kernel == "reference"}
+    if "sample" in served:
+        most = rows * spec.vocabulary * REFERENCE_SAMPLE_BYTES
+    if "attention" in served:
+        most = max(most, spec.heads * min(tokens, length) * length * REFERENCE_ATTENTION_BYTES)
+    return most
 
 
 def cpu_memory_bytes() -> tuple[int, int]:
@@ -73,3 +96,26 @@ def device_memory_bytes(device: torch.device) -> tuple[int, int]:
         available, total = torch.cuda.mem_get_info(device)
         return total, available
     return cpu_memory_bytes()
+
+
+def size(number_bytes: float) -> str:
+    """Bytes for a person: 1.5 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(number_bytes) >= scale:
+            return f"{number_bytes / scale:.{1 if unit == 'GB' else 0}f} {unit}"
+    return f"{number_bytes:.0f} B"
+
+
+def ledger_rows(ledger: MemoryLedger, config: Resolved) -> list[tuple[str, int, str]]:
+    """The ledger line by line: (what, bytes, remark), top down from the device's memory to what stays free."""
+    length = config.max_model_len
+    fits = f"fits {ledger.fits(length)} requests of {length} tokens"
+    return [
+        ("device", ledger.total_bytes, config.device),
+        ("usable", ledger.usable_bytes, "by the engine and all others"),
+        ("weights", ledger.weight_bytes, config.dtype),
+        ("KV cache", ledger.kv_bytes, f"{ledger.kv_tokens} tokens of {size(ledger.bytes_per_token)}: {fits}"),
+        ("activations", ledger.activation_bytes, f"the largest step, {config.max_num_batched_tokens} tokens"),
+        ("rest", ledger.rest_bytes, "what others hold, and libraries"),
+        ("free", ledger.free_bytes, "claimed by nobody"),
+    ]

@@ -6,7 +6,7 @@ a completion, and whoever drives the engine tells it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ridgeline.core.request import (
@@ -37,6 +37,9 @@ class _Completion:
     output: CompletionOutput
     stream: TextStream | None
     text: list[str] = field(default_factory=list)
+    told_tokens: int = 0
+    told_parts: int = 0
+    told_end: bool = False
 
 
 class Delivery:
@@ -61,7 +64,10 @@ class Delivery:
             finished=False,
             metrics=self.metrics,
         )
+        if self.params.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [None]
         self._completions: dict[str, _Completion] = {}
+        self._open = len(requests)
         for index, request in enumerate(requests):
             output = CompletionOutput(index=index, text="", token_ids=[])
             if self.params.logprobs is not None:
@@ -87,17 +93,27 @@ class Delivery:
         """Ids of the requests that have not ended."""
         return [name for name, one in self._completions.items() if one.output.finish_reason is None]
 
-    def scheduled(self, now_s: float, request: Request) -> None:
-        """A request ran for the first time."""
+    def news(self) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+        """(index, new text, new token ids) of each completion that has grown or ended since the last call."""
+        for index, one in enumerate(self._completions.values()):
+            ids = tuple(one.output.token_ids[one.told_tokens :])
+            text = "".join(one.text[one.told_parts :])
+            ended = one.output.finish_reason is not None
+            if ids or text or ended != one.told_end:
+                one.told_tokens += len(ids)
+                one.told_parts, one.told_end = len(one.text), ended
+                yield index, text, ids
+
+    def scheduled(self, request: Request) -> None:
+        """The first news of a request: when it came, when it first ran, and what the cache had of it."""
         if self.metrics.first_scheduled_s is None:
             self.metrics.arrival_s = request.arrival_s
-            self.metrics.first_scheduled_s = now_s
+            self.metrics.first_scheduled_s = request.scheduled_s
             self.metrics.num_cached_tokens = self.output.num_cached_tokens = request.cached_tokens
 
     def prompt_scores(self, scores: Sequence[TokenScore]) -> None:
         """Scores of prompt tokens after the first, in order; may come in parts."""
-        if self.output.prompt_logprobs is None:
-            self.output.prompt_logprobs = [None]
+        assert self.output.prompt_logprobs is not None, "nobody asked"
         self.output.prompt_logprobs.extend(self._logprobs(score) for score in scores)
 
     def push(self, request_id: str, score: TokenScore, now_s: float) -> tuple[str, Stopped | None]:
@@ -137,7 +153,8 @@ class Delivery:
         one.output.text = "".join(one.text)
         self.metrics.finished_s = now_s
         self.metrics.num_preemptions += one.request.preemptions
-        self.output.finished = not self.unfinished
+        self._open -= 1
+        self.output.finished = self._open == 0
 
     def _logprobs(self, score: TokenScore) -> dict[int, Logprob]:
         """The likeliest tokens and the chosen one, by id."""

@@ -56,10 +56,7 @@ class Intake:
                 raise InvalidArgument(
                     "prompt", "the checkpoint has no tokenizer files; give {'prompt_token_ids': [...]}"
                 )
-            ids = self.tokenizer.encode(prompt)
-            if not ids:
-                raise InvalidArgument("prompt", "is empty: at least one token is needed")
-            return prompt, self._within_context(ids)
+            return prompt, self._checked_ids(self.tokenizer.encode(prompt))
         if isinstance(prompt, Mapping):
             unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
             if unknown:
@@ -77,20 +74,17 @@ class Intake:
             raise InvalidArgument("prompt", f"must be text or a list of token ids, not {type(ids).__name__}")
         if not ids:
             raise InvalidArgument("prompt", "is empty: at least one token is needed")
-        for place, token in enumerate(ids):
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise InvalidArgument("prompt", f"token {place} must be an integer, not {token!r}")
-            if not 0 <= token < self.vocabulary:
-                raise InvalidArgument("prompt", f"token id {token} at {place} is outside [0, {self.vocabulary - 1}]")
-        return self._within_context(list(ids))
-
-    def _within_context(self, ids: list[int]) -> list[int]:
         if len(ids) >= self.max_model_len:
             raise ContextLengthExceeded(
                 "prompt",
                 f"has {len(ids)} tokens; the context holds {self.max_model_len}, one of them for the output",
             )
-        return ids
+        for place, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise InvalidArgument("prompt", f"token {place} must be an integer, not {token!r}")
+            if not 0 <= token < self.vocabulary:
+                raise InvalidArgument("prompt", f"token id {token} at {place} is outside [0, {self.vocabulary - 1}]")
+        return list(ids)
 
     def requests(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0, salt: str = ""
@@ -109,6 +103,14 @@ class Intake:
                 f"{params.max_tokens} and the prompt's {len(ids)} tokens are more than the context of "
                 f"{self.max_model_len}; at most {budget} (or None for the rest)",
             )
+        if params.min_tokens > budget:
+            raise ContextLengthExceeded(
+                "min_tokens",
+                f"{params.min_tokens} and the prompt's {len(ids)} tokens are more than the context of "
+                f"{self.max_model_len}; at most {budget}",
+            )
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidArgument("priority", f"must be an integer, not {priority!r}")
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, name)
             if asked is not None and asked > min(self.max_logprobs, self.vocabulary):
@@ -122,6 +124,7 @@ class Intake:
                 if getattr(params, name):
                     raise InvalidArgument(name, "needs a tokenizer; the checkpoint has none")
         words = bad_word_ids(self.tokenizer, params.bad_words) if self.tokenizer and params.bad_words else []
+        words = [word for word in words if max(word) < self.vocabulary]  # others are never generated anyway
         self._accepted += 1
         seed = params.seed if params.seed is not None else mix(self.seed, self._accepted)
         requests: list[Request] = []
