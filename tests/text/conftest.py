@@ -89,9 +89,7 @@ def llama_like_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def metaspace_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("metaspace")
     pieces = [("<unk>", 0.0), ("▁", -1.0), ("▁▁", -2.0), ("▁the", -1.5), ("the", -2.5), ("▁fox", -1.5)]
-    tokenizer = tokenizers.Tokenizer(
-        models.Unigram([*pieces, *((c, -5.0) for c in "abcehfotx你é")], unk_id=0)
-    )
+    tokenizer = tokenizers.Tokenizer(models.Unigram([*pieces, *((c, -5.0) for c in "abcehfotx你é")], unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -76,9 +76,7 @@ def theirs(byte_level_directory: Path) -> Any:
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, MISTRAL], ids=["chatml", "llama3", "mistral"])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("prompted", [True, False])
-def test_equals_transformers(
-    theirs: Any, source: str, conversation: list[dict[str, Any]], prompted: bool
-) -> None:
+def test_equals_transformers(theirs: Any, source: str, conversation: list[dict[str, Any]], prompted: bool) -> None:
     template = ChatTemplate(source, "<|begin|>", "<|end|>")
     for tools in (None, TOOLS):
         options: dict[str, Any] = {
@@ -88,9 +86,7 @@ def test_equals_transformers(
         }
         refused = ""
         try:
-            expected = theirs.apply_chat_template(
-                conversation, chat_template=source, tokenize=False, **options
-            )
+            expected = theirs.apply_chat_template(conversation, chat_template=source, tokenize=False, **options)
         except jinja2.TemplateError as error:
             refused = str(error)
         if refused:

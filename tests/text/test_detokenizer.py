@@ -30,9 +30,7 @@ def cut(ids: list[int], sizes: list[int]) -> list[list[int]]:
     return chunks
 
 
-def check_stream(
-    tokenizer: Tokenizer, prompt: list[int], output: list[int], sizes: list[int], skip: bool
-) -> None:
+def check_stream(tokenizer: Tokenizer, prompt: list[int], output: list[int], sizes: list[int], skip: bool) -> None:
     before, whole = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + output, skip)
     if not whole.startswith(before):
         # The output completes a character of which the prompt has the first bytes.

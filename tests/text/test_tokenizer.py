@@ -64,9 +64,7 @@ def copy_with(source: Path, target: Path, **config: Any) -> Path:
         {},
     ],
 )
-def test_tokenizer_json_equals_transformers(
-    byte_level_directory: Path, tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_tokenizer_json_equals_transformers(byte_level_directory: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     directory = copy_with(byte_level_directory, tmp_path, tokenizer_class="PreTrainedTokenizerFast", **config)
     ours, theirs = load_tokenizer(directory), as_transformers(directory)
     assert ours is not None
@@ -221,9 +219,7 @@ def test_vocab_and_merges_of_the_gpt2_kind(byte_level_directory: Path, tmp_path:
     assert ours is not None
     for text in TEXTS:
         assert ours.encode(text) == theirs(text).input_ids
-        assert ours.decode(ours.encode(text)) == theirs.decode(
-            theirs(text).input_ids, skip_special_tokens=True
-        )
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
     config["tokenizer_class"] = "Qwen2Tokenizer"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match="Qwen2Tokenizer"):
@@ -327,9 +323,7 @@ def test_a_directory_without_tokenizer(tmp_path: Path) -> None:
         ("chat_template.jinja", b"\xff"),
     ],
 )
-def test_damaged_files_are_named(
-    byte_level_directory: Path, tmp_path: Path, damage: str, content: bytes
-) -> None:
+def test_damaged_files_are_named(byte_level_directory: Path, tmp_path: Path, damage: str, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes((byte_level_directory / "tokenizer.json").read_bytes())
     (tmp_path / damage).write_bytes(content)
     with pytest.raises(CheckpointError, match=damage.replace(".", "\\.")):
@@ -342,9 +336,7 @@ def test_an_added_token_with_an_impossible_id_is_refused(byte_level_directory: P
         load_tokenizer(directory)
 
 
-def test_a_special_token_that_the_vocabulary_lacks_gets_no_id(
-    byte_level_directory: Path, tmp_path: Path
-) -> None:
+def test_a_special_token_that_the_vocabulary_lacks_gets_no_id(byte_level_directory: Path, tmp_path: Path) -> None:
     directory = copy_with(byte_level_directory, tmp_path, eos_token="<absent>", pad_token="[PAD]")
     tokenizer = load_tokenizer(directory)
     assert tokenizer is not None

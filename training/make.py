@@ -1,0 +1,338 @@
+"""The command that remakes the embedded model: `python -m training.make all --prompts HUMAN_EVAL.jsonl`.
+
+Knows the order of the stages, what each reads and writes in the work folder, and how much each may spend. Each stage
+can be run alone; its numbers are added to `results.json`. How a stage does its work only the other modules know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from training import card, corpus, evaluate
+from training.data import Packed
+from training.distill import continue_corpus, distillation_objective, endless_rows, plain_objective
+from training.export import read_model, write_model
+from training.model import SSM, TARGET, Llama, Sizes, parameter_count
+from training.tokenizer import VOCABULARY, encode_files, save_tokenizer, train_tokenizer
+from training.train import Recipe, Run, train
+
+HERE = Path(__file__).resolve().parent
+ASSETS = HERE.parent / "src" / "ridgeline" / "assets"
+
+
+def record(work: Path, key: str, content: dict[str, Any]) -> None:
+    """Adds one stage's numbers to `results.json`."""
+    path = work / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[key] = content
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def chosen_device() -> torch.device:
+    torch.set_float32_matmul_precision("highest")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prefer_attention(name: str) -> None:
+    """Which of torch's fused attention kernels runs: "cudnn" pays for training, "flash" for steps of one token."""
+    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+    torch.backends.cuda.enable_flash_sdp(name != "cudnn")
+
+
+def machine() -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{name}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
+
+
+def make_corpus(arguments: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    prompts = [prompt for _, prompt in evaluate.read_prompts(arguments.prompts)]
+    corpus.build(arguments.work, prompts, arguments.workers)
+    listing = json.loads((arguments.work / "corpus.json").read_text())
+    sizes = {key: listing[key] for key in ("files_read", "files_dropped", "files_kept", "bytes_kept")}
+    record(arguments.work, "corpus", {**sizes, "seconds": time.perf_counter() - start})
+    print(json.dumps(sizes))
+
+
+def make_tokenizer(arguments: argparse.Namespace) -> None:
+    """Trains on a sample of the training files (whole files, drawn evenly) and encodes both splits."""
+    start = time.perf_counter()
+    work = arguments.work
+    texts = [row["text"] for row in corpus.read_texts(work / "train.jsonl")]
+    sample = random.Random(0).sample(texts, len(texts))
+    total, limit = 0, arguments.tokenizer_bytes
+    chosen = []
+    for text in sample:
+        if total < limit:
+            chosen.append(text)
+            total += len(text.encode())
+    tokenizer = train_tokenizer(chosen, arguments.vocabulary)
+    save_tokenizer(tokenizer, work / "tokenizer", TARGET.max_position_embeddings)
+    counts: dict[str, Any] = {"trained_on_bytes": total, "vocabulary": tokenizer.get_vocab_size()}
+    for name in ("train", "functions", "bodies", "held_out"):
+        rows = [row["text"] for row in corpus.read_texts(work / f"{name}.jsonl")]
+        documents, tokens = encode_files(tokenizer, rows, work / name)
+        size = sum(len(row.encode()) for row in rows)
+        counts[name] = {"documents": documents, "tokens": tokens, "bytes_per_token": size / tokens}
+    record(work, "tokenizer", {**counts, "seconds": time.perf_counter() - start})
+    print(json.dumps(counts))
+
+
+def _summary(model: Llama, run: Run, tokens_per_step: int, recipe: Recipe, started: float) -> dict[str, Any]:
+    return {
+        "sizes": model.sizes.as_dict(),
+        "parameters": parameter_count(model),
+        "steps": run.steps,
+        "tokens_per_step": tokens_per_step,
+        "tokens_seen": run.steps * tokens_per_step,
+        "training_seconds": run.seconds,
+        "stage_seconds": time.perf_counter() - started,
+        "matrix_lr": recipe.matrix_lr,
+        "other_lr": recipe.other_lr,
+        "weight_decay": recipe.weight_decay,
+        "warmup": recipe.warmup,
+        "hold": recipe.hold,
+        "final_loss_nats": run.losses[-1][1],
+        "losses": run.losses,
+        "machine": machine(),
+    }
+
+
+def make_target(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    device, work = chosen_device(), arguments.work
+    prefer_attention(arguments.attention)
+    torch.manual_seed(0)
+    model = Llama(arguments.target_sizes).to(device)
+    packed = Packed((work / "train", work / "functions"), device)
+    batches = packed.batches(arguments.rows, arguments.row_tokens)
+    recipe = Recipe(
+        matrix_lr=arguments.matrix_lr,
+        other_lr=arguments.other_lr,
+        budget_s=arguments.target_seconds,
+        steps=arguments.target_steps,
+    )
+    run = train(
+        model,
+        plain_objective(model, batches, device),
+        recipe,
+        report=partial(print, "target", flush=True),
+        checkpoint=lambda _: write_model(model, work / "target"),
+    )
+    write_model(model, work / "target")
+    summary = _summary(model, run, arguments.rows * arguments.row_tokens, recipe, started)
+    record(work, "target", {**summary, "epoch_tokens": len(packed)})
+
+
+def make_tuning(arguments: argparse.Namespace) -> None:
+    """Goes on with the target for a while, at lower rates, on the corpus and functions with long bodies."""
+    started = time.perf_counter()
+    device, work = chosen_device(), arguments.work
+    prefer_attention(arguments.attention)
+    model = read_model(work / "target", device).requires_grad_(True).train()
+    packed = Packed((work / "train", *[work / "bodies"] * arguments.tuning_repeats), device)
+    recipe = Recipe(
+        matrix_lr=arguments.matrix_lr * arguments.tuning_rate,
+        other_lr=arguments.other_lr * arguments.tuning_rate,
+        warmup=0.02,
+        hold=0.02,
+        budget_s=arguments.tuning_seconds,
+        steps=arguments.tuning_steps,
+    )
+    objective = plain_objective(model, packed.batches(arguments.rows, arguments.row_tokens, 1000), device)
+    run = train(model, objective, recipe, report=partial(print, "tuning", flush=True))
+    write_model(model, work / "target")
+    summary = _summary(model, run, arguments.rows * arguments.row_tokens, recipe, started)
+    record(work, "tuning", {**summary, "epoch_tokens": len(packed), "repeats": arguments.tuning_repeats})
+
+
+def make_first_look(arguments: argparse.Namespace) -> None:
+    """What the target was before tuning: the two numbers that tuning moves."""
+    device, work = chosen_device(), arguments.work
+    prefer_attention("flash")
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
+    target = read_model(work / "target", device)
+    parsed = evaluate.completion_report(target, tokenizer, evaluate.read_prompts(arguments.prompts))
+    rows = [(row["package"], row["text"]) for row in corpus.read_texts(work / "held_out.jsonl")]
+    held_out = evaluate.held_out_report(target, tokenizer, rows)
+    content = {
+        "parsed": parsed["parsed"],
+        "tasks": parsed["tasks"],
+        "fewer_than_two_lines": sum(row["reason"] == "fewer than two lines" for row in parsed["completions"]),
+        "model_bits_per_byte": held_out["model_bits_per_byte"],
+    }
+    print(content, flush=True)
+    record(work, "before_tuning", content)
+
+
+def make_continuations(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    device, work = chosen_device(), arguments.work
+    prefer_attention("flash")
+    target = read_model(work / "target", device)
+    packed = Packed((work / "train", work / "functions"), device)
+    made = continue_corpus(target, packed, arguments.continuation_seconds, arguments.continued_rows)
+    np.save(work / "continued.npy", made.cpu().numpy())
+    content = {"rows": len(made), "row_tokens": made.shape[1], "seconds": time.perf_counter() - started}
+    print(content, flush=True)
+    record(work, "continuations", content)
+
+
+def make_small(arguments: argparse.Namespace) -> None:
+    """The small model twice, on equally many steps and tokens: distilled (`ssm`), and plain (`ssm_plain`)."""
+    device, work = chosen_device(), arguments.work
+    prefer_attention(arguments.attention)
+    target = read_model(work / "target", device)
+    packed = Packed((work / "train", work / "functions"), device)
+    continued = torch.from_numpy(np.load(work / "continued.npy")).to(device)
+    rows, row_tokens = arguments.rows, arguments.row_tokens
+    steps = arguments.small_steps
+    for name in ("ssm", "ssm_plain"):
+        started = time.perf_counter()
+        torch.manual_seed(0)
+        model = Llama(arguments.small_sizes).to(device)
+        if name == "ssm":
+            half = max(1, rows // 2)
+            own = endless_rows(continued, max(1, half * row_tokens // continued.shape[1]))
+            objective = distillation_objective(model, target, packed.batches(half, row_tokens, 7), own, device)
+        else:
+            objective = plain_objective(model, packed.batches(rows, row_tokens, 7), device)
+        recipe = Recipe(
+            matrix_lr=arguments.matrix_lr,
+            other_lr=arguments.other_lr,
+            budget_s=arguments.small_seconds,
+            steps=steps,
+        )
+        run = train(model, objective, recipe, report=partial(print, name, flush=True))
+        write_model(model, work / name)
+        record(work, name, _summary(model, run, rows * row_tokens, recipe, started))
+        steps = run.steps
+
+
+def make_evaluation(arguments: argparse.Namespace) -> None:
+    """Everything that the card says of the models, measured on their bfloat16 weights computed in float32."""
+    started = time.perf_counter()
+    device, work = chosen_device(), arguments.work
+    prefer_attention("flash")
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
+    target = read_model(work / "target", device)
+    tasks = evaluate.read_prompts(arguments.prompts)
+    completions = evaluate.completion_report(target, tokenizer, tasks)
+    record(work, "human_eval", completions)
+    print("human_eval", completions["parsed"], "of", completions["tasks"], flush=True)
+    rows = [(row["package"], row["text"]) for row in corpus.read_texts(work / "held_out.jsonl")]
+    held_out = evaluate.held_out_report(target, tokenizer, rows)
+    record(work, "held_out", held_out)
+    print({name: value for name, value in held_out.items() if name != "packages"}, flush=True)
+    small = {"distilled": work / "ssm", "plain": work / "ssm_plain"}
+    if all((folder / "config.json").exists() for folder in small.values()):
+        draw = torch.Generator(device=device).manual_seed(11)
+        prefixes = Packed((work / "held_out",), device).prefixes(arguments.acceptance_rows, 128, draw)
+        models = {name: read_model(folder, device) for name, folder in small.items()}
+        accepted = evaluate.acceptance_report(target, models, prefixes)
+        record(work, "acceptance", accepted)
+        print(accepted, flush=True)
+        for name, model in models.items():
+            bits = sum(evaluate.bits_of_files(model, tokenizer, [text for _, text in rows]))
+            record(work, f"held_out_{name}_ssm", {"model_bits_per_byte": bits / int(str(held_out["bytes"]))})
+    record(work, "evaluation", {"seconds": time.perf_counter() - started, "machine": machine()})
+
+
+def make_assets(arguments: argparse.Namespace) -> None:
+    """Copies models and tokenizer to the assets, the lists and numbers beside this module."""
+    for name, source in (("model", "target"), ("ssm", "ssm")):
+        folder = arguments.assets / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            old.unlink()
+        files = [
+            *sorted((arguments.work / source).iterdir()),
+            *sorted((arguments.work / "tokenizer").iterdir()),
+        ]
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+    for name in ("corpus.json", "results.json"):
+        shutil.copyfile(arguments.work / name, HERE / name)
+
+
+def make_card(arguments: argparse.Namespace) -> None:
+    """Writes the model card from the committed list and numbers alone."""
+    listing, results = (json.loads((HERE / name).read_text()) for name in ("corpus.json", "results.json"))
+    arguments.assets.mkdir(parents=True, exist_ok=True)
+    (arguments.assets / "MODEL_CARD.md").write_text(card.model_card(listing, results))
+
+
+STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "corpus": make_corpus,
+    "tokenizer": make_tokenizer,
+    "target": make_target,
+    "first-look": make_first_look,
+    "tuning": make_tuning,
+    "continuations": make_continuations,
+    "small": make_small,
+    "evaluate": make_evaluation,
+    "assets": make_assets,
+    "card": make_card,
+}
+
+TOY = Sizes(64, 32, 2, 1, 2, 128)
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m training.make", description=__doc__)
+    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
+    parser.add_argument("--work", type=Path, default=Path("build/training"), help="folder of everything not kept")
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--prompts", type=Path, help="HumanEval as JSON lines: kept out of the corpus, then measured")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
+    parser.add_argument("--tokenizer-bytes", type=int, default=100_000_000)
+    parser.add_argument("--rows", type=int, default=64, help="rows of a batch")
+    parser.add_argument("--row-tokens", type=int, default=TARGET.max_position_embeddings)
+    parser.add_argument("--matrix-lr", type=float, default=0.03)
+    parser.add_argument("--other-lr", type=float, default=0.006)
+    parser.add_argument("--attention", choices=["flash", "cudnn"], default="flash", help="kernel for training")
+    parser.add_argument("--target-seconds", type=float, default=840.0)
+    parser.add_argument("--target-steps", type=int, help="instead of seconds")
+    parser.add_argument("--tuning-seconds", type=float, default=150.0)
+    parser.add_argument("--tuning-steps", type=int, help="instead of seconds")
+    parser.add_argument("--tuning-rate", type=float, default=0.2, help="share of the target's rates")
+    parser.add_argument("--tuning-repeats", type=int, default=6, help="times an epoch that long bodies are seen")
+    parser.add_argument("--continuation-seconds", type=float, default=55.0)
+    parser.add_argument("--continued-rows", type=int, default=4096, help="rows continued at once")
+    parser.add_argument("--small-seconds", type=float, default=120.0)
+    parser.add_argument("--small-steps", type=int, help="instead of seconds")
+    parser.add_argument("--acceptance-rows", type=int, default=1024)
+    parser.add_argument("--toy", action="store_true", help="tiny models, to try the pipeline out")
+    arguments = parser.parse_args(words)
+    arguments.target_sizes = TOY if arguments.toy else TARGET
+    arguments.small_sizes = TOY if arguments.toy else SSM
+    needing = {"corpus", "first-look", "evaluate", "all"} & set(arguments.stages)
+    if needing and arguments.prompts is None:
+        parser.error(f"--prompts is needed for {', '.join(sorted(needing))}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    stages = list(STAGES) if "all" in arguments.stages else arguments.stages
+    for stage in stages:
+        print(f"== {stage}", flush=True)
+        STAGES[stage](arguments)
+
+
+if __name__ == "__main__":
+    main()
