@@ -1,0 +1,1 @@
+"""CPU kernels, compiled on the user's machine by numba on first use."""

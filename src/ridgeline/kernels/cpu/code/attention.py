@@ -1,0 +1,203 @@
+"""`attention` on the CPU: online softmax over keys in blocks of 32 that begin at key 0.
+
+Knows pages, groups of query heads and the causal mask. A unit of work is one KV head of one request with
+a tile of its new rows: the tile's queries (rows x heads of the group) pass over each block of keys while
+it lies in the cache. What a row and head add up, and in which order, depends on their own visible keys
+alone, so a result is the same for every page size, chunk and batch.
+
+Online softmax: Milakov and Gimelshein, 1805.02867.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ridgeline.kernels.cpu.code.dots import dots, mix
+from ridgeline.kernels.cpu.code.memory import clear, read, widen, write
+from ridgeline.kernels.cpu.code.part import njit
+from ridgeline.kernels.cpu.code.vector import (
+    argument,
+    exp2,
+    float_of,
+    inside,
+    larger,
+    load_float,
+    load_i32,
+    load_scalar,
+    peak,
+    splat,
+    store_float,
+    store_scalar,
+    total,
+)
+
+KEYS = 32
+"""Keys of a step of the softmax: two groups of 16."""
+
+STRAIGHT = 4
+"""Queries up to which bf16 keys are widened once more for each rather than copied."""
+
+HIDDEN = np.float32(-np.inf)
+
+
+@njit
+def attend(  # type: ignore[no-untyped-def]
+    q,
+    k0,
+    k1,
+    v0,
+    v1,
+    stride,
+    low,
+    high,
+    width,
+    acc,
+    state,
+    weights,
+    half,
+):
+    """One query and keys low .. high - 1 of a block: two groups of 16 keys and values, `stride` bytes apart.
+
+    half: whether keys and values are bf16. acc: the sum of values so far; state: the largest score so far
+    (in powers of two) and the sum of weights; weights: scratch for 32.
+    """
+    s0, s1 = splat(HIDDEN), splat(HIDDEN)
+    if low < 16:
+        s0 = inside(dots(q, k0, stride, width, 16, half), low, high, HIDDEN)
+    if high > 16:
+        s1 = inside(dots(q, k1, stride, width, 16, half), low - 16, high - 16, HIDDEN)
+    before = load_scalar(state)
+    best = peak(larger(s0, s1))
+    vectors = (width + 15) // 16
+    summed = load_scalar(state + 4)
+    if best > before:
+        factor = exp2(splat(before - best))
+        for at in range(0, 64 * vectors, 64):
+            store_float(acc + at, load_float(acc + at) * factor)
+        summed = total(inside(factor, 0, 1, np.float32(0.0))) * summed
+    else:
+        best = before
+    top = splat(best)
+    w0, w1 = exp2(s0 - top), exp2(s1 - top)
+    store_float(weights, w0)
+    store_float(weights + 64, w1)
+    store_scalar(state, best)
+    store_scalar(state + 4, summed + total(w0 + w1))
+    mix(weights, v0, stride, max(low, 0), min(high, 16), acc, vectors, half)
+    if high > 16:
+        mix(weights + 64, v1, stride, max(low - 16, 0), high - 16, acc, vectors, half)
+
+
+@njit
+def gathered(  # type: ignore[no-untyped-def]
+    pages,
+    table,
+    head,
+    kv_heads,
+    block,
+    width,
+    half,
+    first,
+    low,
+    high,
+    target,
+):
+    """Copy keys (or values) first + low .. first + high - 1 to rows low .. high - 1 of fp32, to whole vectors."""
+    size = 4 - 2 * half
+    stride = (width + 15) // 16 * 64
+    for key in range(first + low, first + high):
+        page = load_i32(table + 4 * (key // block))
+        source = pages + ((page * kv_heads + head) * block + key % block) * width * size
+        widen(source, target + (key - first) * stride, half, width)
+
+
+def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
+    q, k_pages, v_pages, out = (
+        argument(arguments, 0),
+        argument(arguments, 1),
+        argument(arguments, 2),
+        argument(arguments, 3),
+    )
+    tables, starts, lengths = argument(arguments, 4), argument(arguments, 5), argument(arguments, 6)
+    requests, blocks = argument(arguments, 7) >> 32, argument(arguments, 7) & 0xFFFFFFFF
+    heads, kv_heads = argument(arguments, 8) >> 32, argument(arguments, 8) & 0xFFFFFFFF
+    block, width = argument(arguments, 9) >> 32, argument(arguments, 9) & 0xFFFFFFFF
+    half, tile, window = argument(arguments, 10) & 1, argument(arguments, 10) >> 1, argument(arguments, 11)
+    scale = splat(float_of(argument(arguments, 12)))
+    size = 4 - 2 * half
+    group = heads // kv_heads
+    # Rows of fp32 in scratch are padded to whole vectors.
+    padded = (width + 15) // 16 * 64
+    aligned = width % 16 == 0 and block % 16 == 0
+    queries = scratch
+    sums = queries + tile * group * padded
+    states = sums + tile * group * padded
+    weights = states + tile * group * 8
+    copies = weights + 128
+    for unit in range(begin, end):
+        # Units are numbered request by request, tile by tile, head by head; those left over are empty.
+        request, left, tiles = 0, unit // kv_heads, 0
+        while request < requests:
+            new = load_i32(starts + 4 * request + 4) - load_i32(starts + 4 * request)
+            tiles = (new + tile - 1) // tile
+            if left < tiles:
+                break
+            left -= tiles
+            request += 1
+        if request == requests:
+            continue
+        head = unit % kv_heads
+        start = load_i32(starts + 4 * request)
+        new = load_i32(starts + 4 * request + 4) - start
+        visible, table = load_i32(lengths + 4 * request), tables + 4 * blocks * request
+        first = left * tile
+        rows = min(tile, new - first)
+        count = rows * group
+        # Row i of the tile sees keys up to `limit` + i.
+        limit = visible - new + first + 1
+        for index in range(count):
+            place = (start + first + index // group) * heads + head * group + index % group
+            for at in range(0, width, 16):
+                value = read(q + (place * width + at) * size, half, width - at)
+                store_float(queries + index * padded + 4 * at, value * scale)
+            store_scalar(states + 8 * index, HIDDEN)
+            store_scalar(states + 8 * index + 4, np.float32(0.0))
+        clear(sums, count * padded // 4)
+        # Groups of 16 keys are read where they lie if that is as good as a copy: bf16 for few queries only.
+        straight = aligned and (half == 0 or count <= STRAIGHT)
+        raw = half if straight else 0
+        stride = width * size if straight else padded
+        lowest = 0
+        if window > 0:
+            lowest = max(0, limit - window)
+        for key in range(lowest // KEYS * KEYS, limit + rows - 1, KEYS):
+            present = min(KEYS, limit + rows - 1 - key)
+            if straight:
+                page = (load_i32(table + 4 * (key // block)) * kv_heads + head) * block + key % block
+                k0, v0 = k_pages + page * stride, v_pages + page * stride
+                k1, v1 = k0, v0
+                if present > 16:
+                    page = (load_i32(table + 4 * ((key + 16) // block)) * kv_heads + head) * block + (key + 16) % block
+                    k1, v1 = k_pages + page * stride, v_pages + page * stride
+            else:
+                k0, v0 = copies, copies + KEYS * padded
+                k1, v1 = k0 + 16 * padded, v0 + 16 * padded
+                skipped = max(lowest - key, 0)
+                gathered(k_pages, table, head, kv_heads, block, width, half, key, skipped, present, k0)
+                gathered(v_pages, table, head, kv_heads, block, width, half, key, skipped, present, v0)
+            for index in range(count):
+                high = limit + index // group
+                low = 0
+                if window > 0:
+                    low = max(0, high - window)
+                if key < high and key + KEYS > low:
+                    attend(
+                        queries + index * padded, k0, k1, v0, v1, stride, low - key, min(high - key, KEYS), width,
+                        sums + index * padded, states + 8 * index, weights, raw,
+                    )  # fmt: skip
+        for index in range(count):
+            place = (start + first + index // group) * heads + head * group + index % group
+            summed = splat(load_scalar(states + 8 * index + 4))
+            for at in range(0, width, 16):
+                value = load_float(sums + index * padded + 4 * at) / summed
+                write(out + (place * width + at) * size, half, width - at, value)

@@ -1,0 +1,196 @@
+"""Each benchmark's core on a tiny model: it runs, counts what it should, and writes what the house asks for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import decode_cpu, gpu_baseline, kv_cache, qwen3_bandwidth, record, run, startup, trace_cpu
+from benchmarks.models import TINY_SHAPE, random_checkpoint
+from benchmarks.trace import azure_jobs, prompts_for, spread
+from ridgeline.kv.layout import KVLayout
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Path:
+    return random_checkpoint(TINY_SHAPE)
+
+
+@pytest.fixture
+def bench(tiny: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a benchmark quickly on the tiny model and returns the file that it wrote."""
+
+    def go(module: Any, *arguments: str) -> dict[str, Any]:
+        out = tmp_path / "result.json"
+        module.main(["--quick", "--rounds", "2", "--threads", "1", "--model", str(tiny), "--out", str(out), *arguments])
+        return json.loads(out.read_text(encoding="utf-8"))
+
+    return go
+
+
+def test_decode(bench: Callable[..., dict[str, Any]]) -> None:
+    result = bench(decode_cpu)
+    assert result["summary"]["prompt 16"]["same_tokens"] == 1.0
+    runs = result["timings"]["prompt 48"]
+    assert set(runs) == set(decode_cpu.ARMS)
+    assert all(len(one["stamps_s"]) == 8 for arm in runs.values() for one in arm)
+    assert all(len(arm) == 2 for arm in runs.values())
+    assert [one["met"] for one in result["targets"]] in ([True], [False])
+
+
+def test_trace(bench: Callable[..., dict[str, Any]]) -> None:
+    result = bench(trace_cpu)
+    assert result["summary"]["against padded batches"]["same_outputs_as_sorted"] == 1.0
+    total = sum(result["settings"]["output_tokens"])
+    for title in list(result["summary"])[1:]:
+        for runs in result["timings"][title].values():
+            assert [sum(map(len, one["stamps_s"])) for one in runs] == [total, total]
+    assert len(result["summary"]) == 3
+
+
+def test_kv_cache(bench: Callable[..., dict[str, Any]]) -> None:
+    result = bench(kv_cache)
+    cell = result["summary"]["length 64"]
+    assert cell["activation_bytes_of_a_step"]["without"] > 10 * cell["activation_bytes_of_a_step"]["with"]
+    paged = [result["summary"]["paging"][f"block {size}"]["wasted_share"]["paged"] for size in kv_cache.BLOCK_SIZES]
+    assert paged == sorted(paged)
+
+
+def test_paging_is_counted_block_by_block() -> None:
+    """One request, by hand: 20 prompt tokens and 3 steps in blocks of 16 hold two blocks throughout."""
+    layout = KVLayout(1, 1, 8, 4, 16)
+    jobs = [trace_cpu.Job(20, 3, 0.0)]
+    waste = kv_cache.run_without_model(jobs, layout, context=64, seats=2, batched=64)
+    assert (waste.steps, waste.held) == (3, 3 * 2 * layout.bytes_per_block)
+    assert waste.used == (20 + 21 + 22) * layout.bytes_per_token
+    assert waste.reserved_context == 3 * 64 * layout.bytes_per_token
+    assert waste.reserved_request == 3 * 23 * layout.bytes_per_token
+
+
+def test_bandwidth(bench: Callable[..., dict[str, Any]]) -> None:
+    result = bench(qwen3_bandwidth, "--dtypes", "float32")
+    cell = result["summary"]["float32"]
+    layers = 2 * (128 * 2 * 64 + 2 * 128 * 64 + 2 * 64 * 128 + 3 * 128 * 256 + 2 * 128 + 2 * 64)
+    assert cell["weight_bytes"] == 4 * (512 * 128 + layers + 128)
+    assert {"sum (torch, fp32)", "copy (torch)", "GEMV (torch)", "decode"} <= set(cell["rates"])
+
+
+def test_gpu_baseline_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:
+    result = bench(gpu_baseline, "--device", "cpu", "--kernels", "reference")
+    assert result["settings"]["weights"].endswith("the same tensors on both sides")
+    assert set(result["timings"]["batch 3"]) == {"ridgeline", "DynamicCache", "StaticCache"}
+    assert [len(one) for one in result["timings"]["batch 3"]["ridgeline"]] == [3, 3]
+    assert result["summary"]["greedy_tokens_that_agree"] > 0.2
+    assert all(one["met"] is None for one in result["targets"])
+
+
+def test_a_process_is_timed_to_the_first_byte_after_the_prompt() -> None:
+    code = (
+        "import sys, time\n"
+        f"sys.stdout.write({startup.PROMPT!r}); sys.stdout.flush(); time.sleep(0.3)\n"
+        "sys.stdout.write('x'); sys.stdout.flush(); time.sleep(0.3); print('y')"
+    )
+    taken = startup.start([sys.executable, "-S", "-c", code], cores=1)
+    assert taken.first_token_s - taken.loaded_s == pytest.approx(0.3, abs=0.2)
+    assert taken.whole_s > taken.first_token_s + 0.25
+    assert taken.peak_bytes >= taken.peak_at_first_token_bytes > 1 << 20
+    with pytest.raises(RuntimeError, match="out of luck"):
+        startup.start([sys.executable, "-S", "-c", "raise SystemExit('out of luck')"], cores=1)
+
+
+@pytest.mark.slow
+def test_startup(bench: Callable[..., dict[str, Any]]) -> None:
+    result = bench(startup)
+    assert 0 < result["summary"]["loaded_s"][0] <= result["summary"]["first_token_s"][0]
+
+
+@pytest.mark.slow
+def test_the_suite_ends_with_a_table(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["kv_cache", "--quick", "--model", str(tiny), "--threads", "1"]) == 0
+    shown = capfd.readouterr().out
+    assert "The issue's lines" in shown
+    assert "recorded" in shown
+
+
+# The parts they share
+
+
+def test_trace_lengths_are_those_of_the_issue() -> None:
+    jobs = azure_jobs(32)
+    assert [(job.prompt_tokens, job.output_tokens) for job in jobs[:4]] == [(93, 11), (99, 27), (219, 13), (22, 4)]
+    assert all(8 <= job.prompt_tokens <= 1536 and 4 <= job.output_tokens <= 384 for job in azure_jobs(256))
+    assert jobs[1].arrival_s == pytest.approx(4.314579)
+    assert spread(jobs, 2.0)[-1].arrival_s == pytest.approx(2.0)
+    assert spread(jobs, 0.0)[-1].arrival_s == 0.0
+    assert [len(one) for one in prompts_for(jobs, 50, 1)] == [job.prompt_tokens for job in jobs]
+    with pytest.raises(ValueError, match="256 rows"):
+        azure_jobs(300)
+
+
+def test_intervals() -> None:
+    assert record.interval([2.0]) == (2.0, 2.0, 2.0)
+    middle = record.interval([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert middle.median == 3.0
+    assert 1.0 <= middle.low < 3.0 < middle.high <= 100.0
+    assert record.ratios([2.0, 6.0], [1.0, 2.0]).median == 2.5
+    assert record.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert math.isclose(record.quantile([0.0, 1.0], 0.99), 0.99)
+
+
+def test_arms_alternate_and_warm_up_alike() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def arm(name: str) -> Callable[[int], int]:
+        return lambda number: seen.append((name, number)) or number
+
+    results = record.alternate({"a": arm("a"), "b": arm("b")}, rounds=2)
+    assert results == {"a": [0, 1], "b": [0, 1]}
+    assert seen == [("b", -1), ("a", -1), ("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+
+
+def test_a_result_says_where_and_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = record.parser("x").parse_args(["--out", str(tmp_path), "--commit", "abc"])
+    paths = []
+    for _ in range(2):
+        one = record.Record("name", options)
+        one.timings["raw"] = [0.1, 0.2]
+        one.table("title", ["side", "rate"], [["ours", record.losing("1", True)], ["theirs", "2"]])
+        one.target("line", "≥ 1", "0.5", False)
+        paths.append(one.close())
+    assert paths[0] is not None
+    assert paths[1] is not None
+    assert paths[1].name == f"{one.started:%Y-%m-%d}-name-2.json"
+    result = json.loads(paths[0].read_text(encoding="utf-8"))
+    assert {"machine", "versions", "commit", "command", "date", "loads", "timings", "settings"} <= set(result)
+    assert result["machine"]["cpus"] >= 1
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in result["versions"]
+    shown = capsys.readouterr().out
+    assert "NOT MET" in shown
+    assert "! 1" in shown
+
+
+def test_quick_results_are_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(quick=True, out=None, machine=None, commit=None)
+    assert record.Record("name", options).close() is None
+    assert "nothing is written" in capsys.readouterr().out
+
+
+def test_json_keeps_lists_of_numbers_on_a_line() -> None:
+    value = {"raw": [[1, 2], [3]], "empty": {}, "deep": {"a": [{"b": [1.5]}]}, "text": "ü"}
+    text = record.compact(value)
+    assert json.loads(text) == value
+    assert "[1, 2]" in text
+
+
+def test_without_rich_tables_are_plain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    record.show_table("title", ["side", "rate"], [["ours", "1"]])
+    assert "ours  1" in capsys.readouterr().out

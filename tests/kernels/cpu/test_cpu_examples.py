@@ -1,0 +1,47 @@
+"""Every CPU kernel on its op's own examples, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu_checks import DTYPES, compare, name_of
+
+from ridgeline.ops import REGISTRY, Weight
+
+SERVED = [name for name, op in REGISTRY.items() if "cpu" in op.kernels]
+
+
+def test_every_op_of_a_forward_pass_is_served() -> None:
+    assert set(SERVED) >= {
+        "attention", "embed", "gate", "gated_linear", "kv_move", "layer_norm", "linear", "moe", "norm",
+        "rope_kv_write", "sample",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("op", SERVED)
+def test_examples(op: str, dtype: torch.dtype) -> None:
+    for arguments in REGISTRY[op].inputs("cpu", dtype):
+        weighted = any(isinstance(value, Weight) for value in arguments.values())
+        if weighted:
+            compare(op, arguments, dtype, pack_weights=True)
+        if not weighted or op == "embed":
+            compare(op, arguments, dtype)
+
+
+@pytest.mark.parametrize("op", SERVED)
+def test_other_dtypes_are_refused_with_a_reason(op: str) -> None:
+    if op == "kv_move":
+        return
+    accepts = REGISTRY[op].kernels["cpu"].accepts
+    assert accepts is not None
+    for arguments in REGISTRY[op].inputs("cpu", torch.float64):
+        given = {key: value.to_panels() if isinstance(value, Weight) else value for key, value in arguments.items()}
+        assert "float32 or bfloat16" in str(accepts(**given))
+
+
+def test_dense_weights_are_refused_with_a_reason() -> None:
+    for op in ("linear", "gated_linear"):
+        accepts = REGISTRY[op].kernels["cpu"].accepts
+        assert accepts is not None
+        assert "panels" in str(accepts(**next(iter(REGISTRY[op].inputs("cpu", torch.float32)))))
