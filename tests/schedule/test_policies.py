@@ -6,7 +6,9 @@ import pytest
 from world import Setup, World
 
 from ridgeline.core.errors import InvalidArgument
+from ridgeline.core.request import Request, SamplingParams
 from ridgeline.schedule import POLICIES, make_policy
+from ridgeline.schedule.queue import Queue
 
 
 def running(world: World) -> list[str]:
@@ -123,3 +125,17 @@ def test_static_prefills_its_batch_over_several_steps_if_it_must() -> None:
     assert running(world) == ["0", "1", "2"]
     assert waiting(world) == ["3"]
     world.drain()
+
+
+def test_static_goes_on_when_an_id_comes_back() -> None:
+    policy, queue = make_policy("static"), Queue()
+    first, head, reused = (Request(name, [1], 1, SamplingParams(), 1) for name in ("x", "y", "x"))
+    queue.push(first, (0,))
+    policy.gather(queue, running=0, seats=1, more_to_come=False)
+    assert policy.admits(first)
+    queue.remove(first)
+    queue.push(head, (1,))
+    queue.push(reused, (2,))
+    policy.gather(queue, running=0, seats=1, more_to_come=False)
+    assert policy.admits(head)
+    assert not policy.admits(reused)

@@ -1,6 +1,6 @@
 """Naive batching, as lectures draw it: collect a batch, run it to its end, collect the next.
 
-Knows who is in the batch. Must not know anything of a request but its id. It is here to be compared with.
+Knows who is in the batch. Must not know anything else of a request. It is here to be compared with.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ class Static:
     """
 
     def __init__(self) -> None:
-        self._batch: frozenset[str] = frozenset()
+        # The requests themselves, not their ids: an id may come back once its request has ended.
+        self._batch: frozenset[Request] = frozenset()
 
     def rank(self, request: Request, arrival: int) -> Rank:
         return (arrival,)
 
     def gather(self, queue: Queue, running: int, seats: int, more_to_come: bool) -> None:
-        if running or any(member in queue for member in self._batch):
+        if running or any(queue.get(member.request_id) is member for member in self._batch):
             return
         enough = len(queue) >= seats or not more_to_come
-        self._batch = frozenset(r.request_id for r in queue.first(seats)) if enough else frozenset()
+        self._batch = frozenset(queue.first(seats)) if enough else frozenset()
 
     def admits(self, request: Request) -> bool:
-        return request.request_id in self._batch
+        return request in self._batch
 
     def displaces(self, waiting: Request, running: Request) -> bool:
         return False
