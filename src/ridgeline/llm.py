@@ -86,7 +86,7 @@ class LLM:
         self._defaults = _default_params(generation, directory)
         also_ends = _end_ids(generation, directory)
         with _LoadingBar() as bar:
-            self._built = build(replace(config, model=str(where)), bar.show)
+            self._built = build(replace(config, model=str(where)), bar.show, bar.compiling)
         resolved, spec = self._built.config, self._built.spec
         self.intake = Intake(
             self.tokenizer,
@@ -392,11 +392,22 @@ def _end_ids(generation: Mapping[str, Any], directory: Path) -> list[int]:
 
 
 class _LoadingBar:
-    """A bar on the terminal for weights that take longer than a second to load."""
+    """A bar on the terminal for weights that take longer than a second to load, and for kernels to compile."""
 
     def __enter__(self) -> _LoadingBar:
         self._bar: Any = None
+        self._kernels: Any = None
         return self
+
+    def compiling(self, name: str) -> None:
+        """A CPU kernel is about to be compiled: about a second each, once on a machine."""
+        if self._kernels is None:
+            from tqdm import tqdm
+
+            form = "{desc}: {n} in {elapsed}"
+            text = "compiling kernels, once on this machine"
+            self._kernels = tqdm(desc=text, bar_format=form, leave=False, disable=None)
+        self._kernels.update(1)
 
     def show(self, done: int, total: int) -> None:
         if self._bar is None:
@@ -408,8 +419,9 @@ class _LoadingBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        for bar in (self._bar, self._kernels):
+            if bar is not None:
+                bar.close()
 
 
 def _progress_bar(total: int) -> Any:

@@ -21,8 +21,13 @@ from rich.text import Text
 from ridgeline.cli import options
 from ridgeline.core.errors import InvalidArgument, RidgelineError
 
-DEMO_PROMPT = '''def is_palindrome(text: str) -> bool:
-    """Return whether a text reads the same backwards."""
+DEMO_PROMPT = '''class Stack:
+    """A last-in, first-out stack."""
+
+    def __init__(self) -> None:
+        self._items: list[int] = []
+
+    def push(self, item: int) -> None:
 '''
 
 

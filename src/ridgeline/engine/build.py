@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 from ridgeline.core.clock import WallClock
 from ridgeline.core.config import EngineConfig, MemoryLedger, Resolved
-from ridgeline.core.errors import DoesNotFit, InvalidArgument, UnsupportedModel
+from ridgeline.core.errors import CheckpointError, DoesNotFit, InvalidArgument, UnsupportedModel
 from ridgeline.core.request import SamplingParams
 from ridgeline.core.step import Chunk, Sampling, Spans, StepPlan
 from ridgeline.engine.engine import Engine
@@ -87,10 +88,15 @@ class Built:
             torch.cuda.empty_cache()
 
 
-def build(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> Built:
-    """Locate, parse, choose kernels, load, size the KV pool, assemble.
+def build(
+    config: EngineConfig,
+    progress: Callable[[int, int], None] | None = None,
+    compiling: Callable[[str], None] | None = None,
+) -> Built:
+    """Locate, parse, choose kernels, load, size the KV pool, assemble, run each class of work once.
 
-    progress(done, total) counts the checkpoint's tensors. Raises the errors of core.errors.
+    progress(done, total) counts the checkpoint's tensors; compiling(name) hears of each CPU kernel that
+    is compiled because this machine has not run it before. Raises the errors of core.errors.
     """
     directory = locate(config.model, config.revision)
     spec = parse_config(read_config(directory), str(directory))
@@ -105,6 +111,8 @@ def build(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     resolved = replace(resolved, num_blocks=blocks, reasons=reasons)
     pages = Pages(layout, blocks, device, dtype)
     runner = Runner(model, pages, table, device, resolved.block_size)
+    with _watched(table, compiling):
+        _warm_up(runner)
     cache = KVCache(
         block_size=resolved.block_size, num_blocks=blocks, enable_prefix_caching=resolved.enable_prefix_caching
     )
@@ -119,6 +127,37 @@ def build(config: EngineConfig, progress: Callable[[int, int], None] | None = No
     )
     engine = Engine(scheduler, TorchExecutor(runner), WallClock())
     return Built(engine, resolved, ledger, spec, directory, table, price, runner)
+
+
+@contextmanager
+def _watched(table: Table, compiling: Callable[[str], None] | None) -> Iterator[None]:
+    """Report the CPU kernels that are compiled within the block."""
+    if compiling is None or not any(row.kernel == "cpu" for row in table.rows):
+        yield
+        return
+    from ridgeline.kernels.cpu import native
+
+    native.watchers.append(compiling)
+    try:
+        yield
+    finally:
+        native.watchers.remove(compiling)
+
+
+def _warm_up(runner: Runner) -> None:
+    """Run a small step of each class of work on block 0, which nobody owns yet.
+
+    Kernels compile here, once on a machine, and not under the first request. What the steps make of
+    token 0 does not matter, NaN included.
+    """
+
+    def chunk(tokens: int, start: int, temperature: float) -> Chunk:
+        sampling = Sampling(SamplingParams(temperature=temperature), 0, start + tokens, [0], 1)
+        return Chunk(f"warm-up/{tokens}", [0] * tokens, start, [0], sampling)
+
+    for chunks in ((chunk(2, 0, 1.0),), (chunk(1, 2, 0.0),), (chunk(1, 2, 0.0), chunk(2, 0, 1.0))):
+        with suppress(CheckpointError):
+            runner.run(StepPlan(0, chunks))
 
 
 def choose_kernels(config: EngineConfig) -> Table:
