@@ -1,14 +1,16 @@
 """`linear` on the CPU against torch and against the memory: GB/s and GFLOP/s by rows, shape and dtype.
 
-The limit is the best rate at which anything here reads 1 GiB (a torch sum, half a torch copy, this
-kernel's own stream). Small matrices live in caches and go above it. Every figure is the best of several
-runs; ours and torch's alternate, so that a busy neighbour hits both.
+The limit is the best rate at which anything here reads 1 GiB (a torch sum, a torch copy, this kernel's own
+stream). Small matrices live in caches and go above it. As memory is not equally fast everywhere, nor at all
+times, one row also stands beside a torch sum over the same weights. Every figure is the best of several
+bursts; ours and torch's alternate, so that a busy neighbour hits both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -29,16 +31,24 @@ ROWS = (1, 2, 4, 8, 32, 128, 512)
 
 
 def best_of(calls: Sequence[Callable[[], Any]], budget_s: float, least: int = 5) -> list[float]:
-    """Best seconds of each call; the calls alternate until the budget is spent, `least` times at least."""
+    """Best seconds of each call, in bursts that alternate until the budget is spent.
+
+    Bursts with a pause between them, because torch's threads go on spinning for a while after each
+    parallel region and would take a processor from whoever comes next.
+    """
     best = [float("inf")] * len(calls)
     for call in calls:
         call()
-    end, rounds = time.perf_counter() + budget_s, 0
-    while rounds < least or time.perf_counter() < end:
+    end, rounds = time.perf_counter() + budget_s * len(calls), 0
+    while rounds < 3 or time.perf_counter() < end:
         for index, call in enumerate(calls):
-            begin = time.perf_counter()
-            call()
-            best[index] = min(best[index], time.perf_counter() - begin)
+            time.sleep(0.01)
+            burst, until = 0, time.perf_counter() + budget_s / 8
+            while burst < least or time.perf_counter() < until:
+                begin = time.perf_counter()
+                call()
+                best[index] = min(best[index], time.perf_counter() - begin)
+                burst += 1
         rounds += 1
     return best
 
@@ -64,9 +74,13 @@ def measure(
     dense = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
     weight = pack(Weight.dense_from(dense))
     found = []
+    stream = weight.data.view(torch.float32)
     for count in rows:
         x = torch.randn(count, inputs).to(dtype)
-        ours, theirs = best_of([lambda x=x: linear_cpu(x, weight), lambda x=x: F.linear(x, dense)], budget_s)  # type: ignore[misc]
+        arms: list[Callable[[], Any]] = [lambda x=x: linear_cpu(x, weight), lambda x=x: F.linear(x, dense)]  # type: ignore[misc]
+        if count == 1:
+            arms.append(stream.sum)
+        ours, theirs, *summed = best_of(arms, budget_s)
         flops = 2 * count * outputs * inputs
         found.append(
             {
@@ -76,6 +90,7 @@ def measure(
                 "rows": count,
                 "seconds": ours,
                 "torch_seconds": theirs,
+                "sum_seconds": summed[0] if summed else None,
                 "GB/s": weight.nbytes / ours / 1e9,
                 "GFLOP/s": flops / ours / 1e9,
                 "torch_GFLOP/s": flops / theirs / 1e9,
@@ -109,8 +124,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     f"{one['dtype']:9} {outputs:>6} x {inputs:<4} {one['rows']:>5} {one['seconds'] * 1e6:>10.1f} "
                     f"{one['GB/s']:>7.1f} {one['GB/s'] / limit:>8.0%} {one['GFLOP/s']:>8.1f} "
                     f"{one['torch_GFLOP/s']:>8.1f} {one['torch_seconds'] / one['seconds']:>6.2f}"
+                    + (f"  {one['sum_seconds'] / one['seconds']:.2f} x a torch sum" if one["sum_seconds"] else "")
                 )
-    record = {"threads": torch.get_num_threads(), "read_GB/s": limits, "linear": results}
+    record = {
+        "machine": platform.platform(),
+        "torch": torch.__version__,
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "threads": torch.get_num_threads(),
+        "read_GB/s": limits,
+        "linear": results,
+    }
     if given.json:
         with open(given.json, "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)

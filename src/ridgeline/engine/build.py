@@ -110,6 +110,8 @@ def build(
     reasons = {**resolved.reasons, "num_blocks": f"what {size(ledger.kv_bytes)} hold"}
     resolved = replace(resolved, num_blocks=blocks, reasons=reasons)
     pages = Pages(layout, blocks, device, dtype)
+    if device.type == "cpu":
+        _spare_page_faults(pages)
     runner = Runner(model, pages, table, device, resolved.block_size)
     with _watched(table, compiling):
         _warm_up(runner)
@@ -127,6 +129,14 @@ def build(
     )
     engine = Engine(scheduler, TorchExecutor(runner), WallClock())
     return Built(engine, resolved, ledger, spec, directory, table, price, runner)
+
+
+def _spare_page_faults(pages: Pages) -> None:
+    """Let the pool's memory come in 2 MiB pages: with small ones, first touching a block costs more than using it."""
+    from ridgeline.kernels.cpu.pack import on_huge_pages
+
+    for page in (*pages.keys, *pages.values):
+        on_huge_pages(page)
 
 
 @contextmanager
@@ -254,9 +264,11 @@ def _auto_dtype(spec: ModelSpec, kind: str) -> tuple[str, str]:
 
 def pack(store: Store) -> None:
     """Repack every matrix for the CPU kernels, in place, one after the other (so the peak is one copy)."""
+    from ridgeline.kernels.cpu.pack import pack as pack_matrix
+
     store.release_places()
     for weight in store.matrices:
-        packed = weight.to_panels()
+        packed = weight.to_panels() if store.device.type == "meta" else pack_matrix(weight)
         weight.data, weight.format = packed.data, packed.format
 
 

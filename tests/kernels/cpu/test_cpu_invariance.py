@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_checks import DTYPES, kernel, name_of, random_weight
+from cpu_checks import DTYPES, assert_close, kernel, name_of, random_weight
 
 from ridgeline.core.step import Spans
 from ridgeline.kernels.cpu.pack import pack
+from ridgeline.ops import REGISTRY
 from ridgeline.ops.attention import attention_inputs
 
 ROWS = 130
@@ -90,6 +91,27 @@ def test_attention(heads: tuple[int, int], width: int, window: int | None, dtype
             assert torch.equal(pieces(arguments, request, list(range(1, count))), own)
     torch.set_num_threads(1)
     assert torch.equal(kernel("attention")(**arguments), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("window", [None, 600])
+@pytest.mark.usefixtures("threads")
+def test_attention_over_segments(window: int | None, dtype: torch.dtype) -> None:
+    """One KV head: alone on two threads a long request is split, on one thread or in a batch it is not."""
+    new, visible = (1, 3, 1, 40, 1, 1), (1700, 513, 1024, 1040, 511, 3)
+    arguments = dict(attention_inputs("cpu", dtype, 4, 1, 64, 64, window, new, visible))
+    torch.set_num_threads(1)
+    whole = kernel("attention")(**arguments)
+    expected = REGISTRY["attention"].reference(**arguments)
+    assert_close(REGISTRY["attention"], whole, expected, dtype)
+    starts = arguments["query_starts"].tolist()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for request, count in enumerate(new):
+            own = whole[starts[request] : starts[request + 1]]
+            assert torch.equal(pieces(arguments, request, []), own)
+            assert torch.equal(pieces(arguments, request, list(range(1, count))), own)
+        assert torch.equal(kernel("attention")(**arguments), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -38,6 +38,17 @@ def test_the_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_old_editions_go(tmp_path: Path) -> None:
+    old, recent = tmp_path / "kernels-old", tmp_path / "kernels-recent"
+    old.mkdir()
+    recent.mkdir()
+    os.utime(old, (0, 0))
+    run(tmp_path)
+    assert not old.exists()
+    assert recent.exists()
+
+
+@pytest.mark.slow
 def test_without_a_place_to_write_it_compiles_each_time(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("no folder can be made here")

@@ -1,11 +1,13 @@
-"""`attention` on the CPU: online softmax over keys in blocks of 32 that begin at key 0.
+"""`attention` on the CPU: online softmax over keys in blocks of 32 and segments of 256 that begin at key 0.
 
 Knows pages, groups of query heads and the causal mask. A unit of work is one KV head of one request with
 a tile of its new rows: the tile's queries (rows x heads of the group) pass over each block of keys while
-it lies in the cache. What a row and head add up, and in which order, depends on their own visible keys
-alone, so a result is the same for every page size, chunk and batch.
+it lies in the cache. A query's segments are summed one by one and then merged in order; if there are fewer
+tiles than threads, each segment is a unit of its own and `merge_rows` merges, with the same result. What a
+row and head add up, and in which order, depends on their own visible keys alone, so a result is the same
+for every page size, chunk, batch and number of threads.
 
-Online softmax: Milakov and Gimelshein, 1805.02867.
+Online softmax: Milakov and Gimelshein, 1805.02867; split keys: Dao et al., "Flash-Decoding" (2023).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import math
 import torch
 
 from ridgeline.core.step import Spans
+from ridgeline.kernels.cpu.blocks import SEGMENT_KEYS
 from ridgeline.kernels.cpu.dtypes import HALF, other_dtype
 from ridgeline.kernels.cpu.native import Kernel
 from ridgeline.kernels.cpu.pool import POOL, float_bits
@@ -24,10 +27,14 @@ from ridgeline.ops.op import cpu
 QUERIES = 32
 """Queries of a tile, if one row has no more heads a KV head."""
 
-ALONE = 1 << 14
-"""Products of queries and keys below which calling a helper takes longer than doing it all."""
+ALONE = 1 << 18
+"""Queries x keys x width below which calling a helper takes longer than doing it all."""
+
+SPLIT_ELEMENTS = 1 << 20
+"""fp32 numbers that queries' segments may take together."""
 
 attention_tiles = Kernel("attention", "attention_tiles")
+merge_rows = Kernel("attention", "merge_rows")
 
 
 def accepts(
@@ -73,12 +80,23 @@ def attention_cpu(
     requests, blocks = block_tables.shape
     out = torch.empty_like(q)
     tile = max(1, QUERIES * kv_heads // heads)
-    units = kv_heads * (requests + tokens // tile)
-    run = POOL.small if tokens * heads * blocks * block <= ALONE else POOL.share
+    units, segments = kv_heads * (requests + tokens // tile), 1
+    alone = tokens * heads * blocks * block * width <= ALONE
+    helpers = 0 if alone else POOL.helpers()
+    if helpers and units < 2 * (helpers + 1):
+        segments = -(-blocks * block // SEGMENT_KEYS)
+    # Without room for the segments of every query, tiles go through their segments one by one.
+    pitch = 16 + -(-width // 16) * 16
+    split = segments > 1 and tokens * heads * segments * pitch <= SPLIT_ELEMENTS
+    segments = segments if split else 1
+    partial = torch.empty(tokens * heads * segments * pitch) if split else None
+    run = POOL.small if alone else POOL.share
     run(
-        attention_tiles, units, q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(),
-        block_tables.data_ptr(), query_starts.data_ptr(), lengths.data_ptr(), requests << 32 | blocks,
-        heads << 32 | kv_heads, block << 32 | width, tile << 1 | HALF[q.dtype], window or 0,
-        float_bits(scale / math.log(2)),
+        attention_tiles, units * segments, q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(),
+        block_tables.data_ptr(), query_starts.data_ptr(), lengths.data_ptr(), requests, blocks, heads, kv_heads,
+        block, width, HALF[q.dtype], tile, window or 0, float_bits(scale / math.log(2)), segments,
+        0 if partial is None else partial.data_ptr(),
     )  # fmt: skip
+    if partial is not None:
+        POOL.small(merge_rows, tokens * heads, partial.data_ptr(), out.data_ptr(), segments, width, HALF[q.dtype])
     return out

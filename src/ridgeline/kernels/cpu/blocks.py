@@ -17,3 +17,6 @@ SAMPLE_TOKENS = 8192
 
 EXPERT_FEATURES = 64
 """Output features of an expert's unit."""
+
+SEGMENT_KEYS = 256
+"""Keys whose attention is one sum; the sums of segments are then merged in order."""

@@ -15,8 +15,10 @@ import ctypes
 import hashlib
 import importlib
 import os
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +29,7 @@ from llvmlite import binding
 
 FOLDER = Path(__file__).parent
 DIGEST_BYTES = 32
+WEEK_S = 7 * 24 * 3600
 _lock = threading.RLock()
 
 watchers: list[Callable[[str], None]] = []
@@ -52,10 +55,19 @@ def folder() -> Path | None:
     for base in (Path(given),) if given else (FOLDER / "__pycache__", user):
         place = base / f"kernels-{edition()}"
         with contextlib.suppress(OSError):
-            place.mkdir(parents=True, exist_ok=True)
+            if not place.is_dir():
+                place.mkdir(parents=True)
+                _forget(base)
             if os.access(place, os.W_OK):
                 return place
     return None
+
+
+def _forget(base: Path) -> None:
+    """Remove the folders of editions that are a week old."""
+    for old in base.glob("kernels-*"):
+        if time.time() - old.stat().st_mtime > WEEK_S:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @lru_cache(maxsize=1)
@@ -154,7 +166,7 @@ class _Definition(ctypes.Structure):
 
 
 METH_FASTCALL = 0x0080
-WORDS = 20
+WORDS = 28
 """Integers that a `Caller` takes at most."""
 
 _CALLER = """

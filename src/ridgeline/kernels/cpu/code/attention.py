@@ -1,24 +1,29 @@
-"""`attention` on the CPU: online softmax over keys in blocks of 32 that begin at key 0.
+"""`attention` on the CPU: online softmax over keys in blocks of 32 and segments of 256 that begin at key 0.
 
 Knows pages, groups of query heads and the causal mask. A unit of work is one KV head of one request with
 a tile of its new rows: the tile's queries (rows x heads of the group) pass over each block of keys while
-it lies in the cache. What a row and head add up, and in which order, depends on their own visible keys
-alone, so a result is the same for every page size, chunk and batch.
+it lies in the cache. A query's segments are summed one by one and then merged in order; if there are fewer
+tiles than threads, each segment is a unit of its own and `merge_rows` merges, with the same result. What a
+row and head add up, and in which order, depends on their own visible keys alone, so a result is the same
+for every page size, chunk, batch and number of threads.
 
-Online softmax: Milakov and Gimelshein, 1805.02867.
+Online softmax: Milakov and Gimelshein, 1805.02867; split keys: Dao et al., "Flash-Decoding" (2023).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ridgeline.kernels.cpu.blocks import SEGMENT_KEYS
 from ridgeline.kernels.cpu.code.dots import dots, mix
 from ridgeline.kernels.cpu.code.memory import clear, read, widen, write
 from ridgeline.kernels.cpu.code.part import njit
 from ridgeline.kernels.cpu.code.vector import (
     argument,
+    copy,
     exp2,
     float_of,
+    fma,
     inside,
     larger,
     load_float,
@@ -111,6 +116,31 @@ def gathered(  # type: ignore[no-untyped-def]
         widen(source, target + (key - first) * stride, half, width)
 
 
+@njit
+def restart(state, sums, count, line):  # type: ignore[no-untyped-def]
+    """Nothing seen yet: the largest score is hidden, sums are zero."""
+    for index in range(count):
+        store_scalar(state + 8 * index, HIDDEN)
+        store_scalar(state + 8 * index + 4, np.float32(0.0))
+    clear(sums, count * line // 4)
+
+
+@njit
+def merge(state, sums, other_state, other_sums, line):  # type: ignore[no-untyped-def]
+    """Add a later segment (largest score, sum of weights, sum of values) to an earlier one."""
+    before, best = load_scalar(state), load_scalar(other_state)
+    if best == HIDDEN:
+        return
+    top = max(before, best)
+    ours, theirs = exp2(splat(before - top)), exp2(splat(best - top))
+    weights = splat(load_scalar(state + 4)) * ours
+    weights = fma(splat(load_scalar(other_state + 4)), theirs, weights)
+    store_scalar(state, top)
+    store_scalar(state + 4, peak(weights))
+    for at in range(0, line, 64):
+        store_float(sums + at, fma(load_float(other_sums + at), theirs, load_float(sums + at) * ours))
+
+
 def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
     q, k_pages, v_pages, out = (
         argument(arguments, 0),
@@ -119,24 +149,29 @@ def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
         argument(arguments, 3),
     )
     tables, starts, lengths = argument(arguments, 4), argument(arguments, 5), argument(arguments, 6)
-    requests, blocks = argument(arguments, 7) >> 32, argument(arguments, 7) & 0xFFFFFFFF
-    heads, kv_heads = argument(arguments, 8) >> 32, argument(arguments, 8) & 0xFFFFFFFF
-    block, width = argument(arguments, 9) >> 32, argument(arguments, 9) & 0xFFFFFFFF
-    half, tile, window = argument(arguments, 10) & 1, argument(arguments, 10) >> 1, argument(arguments, 11)
-    scale = splat(float_of(argument(arguments, 12)))
+    requests, blocks = argument(arguments, 7), argument(arguments, 8)
+    heads, kv_heads = argument(arguments, 9), argument(arguments, 10)
+    block, width, half = argument(arguments, 11), argument(arguments, 12), argument(arguments, 13)
+    tile, window = argument(arguments, 14), argument(arguments, 15)
+    scale = splat(float_of(argument(arguments, 16)))
+    # partial: 0, or where to put each query's segments, of which there are at most `segments`.
+    segments, partial = argument(arguments, 17), argument(arguments, 18)
     size = 4 - 2 * half
     group = heads // kv_heads
-    # Rows of fp32 in scratch are padded to whole vectors.
-    padded = (width + 15) // 16 * 64
+    # Rows of fp32 are padded to whole vectors.
+    line = (width + 15) // 16 * 64
     aligned = width % 16 == 0 and block % 16 == 0
     queries = scratch
-    sums = queries + tile * group * padded
-    states = sums + tile * group * padded
-    weights = states + tile * group * 8
+    sums = queries + tile * group * line
+    whole_sums = sums + tile * group * line
+    states = whole_sums + tile * group * line
+    whole_states = states + tile * group * 8
+    weights = whole_states + tile * group * 8
     copies = weights + 128
     for unit in range(begin, end):
-        # Units are numbered request by request, tile by tile, head by head; those left over are empty.
-        request, left, tiles = 0, unit // kv_heads, 0
+        # Units are numbered request by request, tile by tile, head by head, segment by segment; those left
+        # over are empty.
+        request, left = 0, unit // segments // kv_heads
         while request < requests:
             new = load_i32(starts + 4 * request + 4) - load_i32(starts + 4 * request)
             tiles = (new + tile - 1) // tile
@@ -146,42 +181,44 @@ def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
             request += 1
         if request == requests:
             continue
-        head = unit % kv_heads
+        head = unit // segments % kv_heads
         start = load_i32(starts + 4 * request)
         new = load_i32(starts + 4 * request + 4) - start
         visible, table = load_i32(lengths + 4 * request), tables + 4 * blocks * request
         first = left * tile
         rows = min(tile, new - first)
         count = rows * group
-        # Row i of the tile sees keys up to `limit` + i.
+        # Row i of the tile sees keys up to `limit` + i, none of them before `lowest`.
         limit = visible - new + first + 1
+        highest, lowest = limit + rows - 1, 0
+        if window > 0:
+            lowest = max(0, limit - window)
+        if partial != 0:
+            lowest = max(lowest, unit % segments * SEGMENT_KEYS)
+            highest = min(highest, (unit % segments + 1) * SEGMENT_KEYS)
         for index in range(count):
             place = (start + first + index // group) * heads + head * group + index % group
             for at in range(0, width, 16):
                 value = read(q + (place * width + at) * size, half, width - at)
-                store_float(queries + index * padded + 4 * at, value * scale)
-            store_scalar(states + 8 * index, HIDDEN)
-            store_scalar(states + 8 * index + 4, np.float32(0.0))
-        clear(sums, count * padded // 4)
+                store_float(queries + index * line + 4 * at, value * scale)
+        restart(states, sums, count, line)
+        restart(whole_states, whole_sums, count, line)
         # Groups of 16 keys are read where they lie if that is as good as a copy: bf16 for few queries only.
         straight = aligned and (half == 0 or count <= STRAIGHT)
         raw = half if straight else 0
-        stride = width * size if straight else padded
-        lowest = 0
-        if window > 0:
-            lowest = max(0, limit - window)
-        for key in range(lowest // KEYS * KEYS, limit + rows - 1, KEYS):
-            present = min(KEYS, limit + rows - 1 - key)
+        pitch = width * size if straight else line
+        for key in range(lowest // KEYS * KEYS, highest, KEYS):
+            present = min(KEYS, highest - key)
             if straight:
                 page = (load_i32(table + 4 * (key // block)) * kv_heads + head) * block + key % block
-                k0, v0 = k_pages + page * stride, v_pages + page * stride
+                k0, v0 = k_pages + page * pitch, v_pages + page * pitch
                 k1, v1 = k0, v0
                 if present > 16:
                     page = (load_i32(table + 4 * ((key + 16) // block)) * kv_heads + head) * block + (key + 16) % block
-                    k1, v1 = k_pages + page * stride, v_pages + page * stride
+                    k1, v1 = k_pages + page * pitch, v_pages + page * pitch
             else:
-                k0, v0 = copies, copies + KEYS * padded
-                k1, v1 = k0 + 16 * padded, v0 + 16 * padded
+                k0, v0 = copies, copies + KEYS * line
+                k1, v1 = k0 + 16 * line, v0 + 16 * line
                 skipped = max(lowest - key, 0)
                 gathered(k_pages, table, head, kv_heads, block, width, half, key, skipped, present, k0)
                 gathered(v_pages, table, head, kv_heads, block, width, half, key, skipped, present, v0)
@@ -192,12 +229,59 @@ def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
                     low = max(0, high - window)
                 if key < high and key + KEYS > low:
                     attend(
-                        queries + index * padded, k0, k1, v0, v1, stride, low - key, min(high - key, KEYS), width,
-                        sums + index * padded, states + 8 * index, weights, raw,
-                    )  # fmt: skip
+                        queries + index * line,
+                        k0,
+                        k1,
+                        v0,
+                        v1,
+                        pitch,
+                        low - key,
+                        min(high - key, KEYS),
+                        width,
+                        sums + index * line,
+                        states + 8 * index,
+                        weights,
+                        raw,
+                    )
+            if partial == 0 and (key + KEYS) % SEGMENT_KEYS == 0:
+                for index in range(count):
+                    merge(
+                        whole_states + 8 * index,
+                        whole_sums + index * line,
+                        states + 8 * index,
+                        sums + index * line,
+                        line,
+                    )
+                restart(states, sums, count, line)
         for index in range(count):
             place = (start + first + index // group) * heads + head * group + index % group
-            summed = splat(load_scalar(states + 8 * index + 4))
-            for at in range(0, width, 16):
-                value = load_float(sums + index * padded + 4 * at) / summed
-                write(out + (place * width + at) * size, half, width - at, value)
+            if partial != 0:
+                target = partial + (place * segments + unit % segments) * (64 + line)
+                copy(target, states + 8 * index, 8)
+                copy(target + 64, sums + index * line, line)
+            else:
+                merge(
+                    whole_states + 8 * index, whole_sums + index * line, states + 8 * index, sums + index * line, line
+                )
+                finish(whole_states + 8 * index, whole_sums + index * line, out + place * width * size, width, half)
+
+
+@njit
+def finish(state, sums, target, width, half):  # type: ignore[no-untyped-def]
+    """Sum of values by sum of weights."""
+    weights = splat(load_scalar(state + 4))
+    for at in range(0, width, 16):
+        write(target + at * (4 - 2 * half), half, width - at, load_float(sums + 4 * at) / weights)
+
+
+def merge_rows(arguments: int, scratch: int, begin: int, end: int) -> None:
+    """Merge each query's segments, a unit being a query."""
+    partial, out, segments = argument(arguments, 0), argument(arguments, 1), argument(arguments, 2)
+    width, half = argument(arguments, 3), argument(arguments, 4)
+    line = (width + 15) // 16 * 64
+    for query in range(begin, end):
+        restart(scratch, scratch + 64, 1, line)
+        for segment in range(segments):
+            other = partial + (query * segments + segment) * (64 + line)
+            merge(scratch, scratch + 64, other, other + 64, line)
+        finish(scratch, scratch + 64, out + query * width * (4 - 2 * half), width, half)
