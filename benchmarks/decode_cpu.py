@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> Record:
     reference = Reference(folder, torch.float32)
     rows: list[list[str]] = []
     worst: tuple[float, str] | None = None
-    with LLM(folder, dtype="float32", device="cpu") as llm:
+    with LLM(folder, dtype="float32", device="cpu", enable_prefix_caching=False) as llm:
         for length in options.prompts:
 
             def prompt(number: int, length: int = length) -> list[int]:

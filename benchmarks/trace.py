@@ -51,7 +51,7 @@ def spread(jobs: Sequence[Job], span_s: float) -> list[Job]:
 
 def prompts_for(jobs: Sequence[Job], vocabulary: int, seed: int) -> list[list[int]]:
     """A random prompt for each job; another seed shares no prefix worth caching."""
-    draw = random.Random(seed)
+    draw = random.Random(f"prompts {seed}")
     return [[draw.randrange(vocabulary) for _ in range(one.prompt_tokens)] for one in jobs]
 
 

@@ -100,7 +100,7 @@ def against_padded(record: Record, folder: Any, what: str, jobs: Sequence[Job]) 
     params = [params_of(job) for job in jobs]
     order, size, tried = best_groups(reference, jobs, vocabulary)
     record.timings["sorted batches tried, seconds"] = tried
-    with LLM(folder, dtype="float32", device="cpu") as llm:
+    with LLM(folder, dtype="float32", device="cpu", enable_prefix_caching=False) as llm:
 
         def ours(number: int) -> tuple[float, list[list[int]]]:
             prompts = prompts_for(jobs, vocabulary, number)
@@ -275,7 +275,7 @@ def policies(record: Record, folder: Any, what: str, jobs: Sequence[Job]) -> Non
     }
     record.settings["policies"] = settings
     chunked = "chunked 512"
-    engines = {name: LLM(folder, dtype="float32", device="cpu", **extra) for name, extra in settings.items()}
+    engines = {name: LLM(folder, dtype="float32", device="cpu", enable_prefix_caching=False, **extra) for name, extra in settings.items()}
     try:
         run_policies(record, engines, jobs, vocabulary, chunked, what)
     finally:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ridgeline.perf import limit
-from ridgeline.perf.limit import measure_limit, read_rate
+from ridgeline.perf.limit import measure_limit
 
 
 def test_a_measured_limit_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(limit.DRAM_BYTES, "cpu", 64 << 20)
+    monkeypatch.setattr(limit, "buffer_bytes", lambda device: 64 << 20)
     found = measure_limit(torch.device("cpu"), 1 << 20, torch.float32)
     assert found.working_set_bytes == 1 << 20
     assert 1e8 < found.dram_bytes_per_s <= found.read_bytes_per_s < 1e14
@@ -20,14 +20,21 @@ def test_a_measured_limit_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_beyond_the_caches_there_is_one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(limit.DRAM_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(limit, "buffer_bytes", lambda device: 1 << 20)
     found = measure_limit(torch.device("cpu"), 2 << 20, torch.bfloat16)
     assert found.read_bytes_per_s == found.dram_bytes_per_s
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 5000])
-def test_tiny_working_sets(size: int) -> None:
-    assert read_rate(torch.device("cpu"), size) > 0
+def test_tiny_working_sets(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limit, "buffer_bytes", lambda device: 1 << 20)
+    assert measure_limit(torch.device("cpu"), size, torch.float32).read_bytes_per_s > 0
+
+
+def test_the_buffer_lies_beyond_the_caches() -> None:
+    size = limit.buffer_bytes(torch.device("cpu"))
+    assert 64 << 20 <= size <= 512 << 20
+    assert size >= min(limit.CACHES_BEYOND * limit.largest_cache_bytes(), 512 << 20)
 
 
 def test_no_work_outlasts_its_budget() -> None:

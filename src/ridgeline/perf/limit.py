@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ridgeline.core.cost import Cost
 
-DRAM_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+CACHES_BEYOND = 3
+"""Main memory is measured on a buffer of this many times the largest cache."""
+BUFFER_BYTES = {"cpu": (64 << 20, 512 << 20), "cuda": (256 << 20, 2 << 30)}
+"""Least and most that such a buffer takes: it is memory that the user did not ask for."""
 REPEATS = 7
 BUDGET_S = 0.08
 """No work is repeated beyond this: a slow machine must not make its user wait."""
@@ -42,24 +47,43 @@ class Limit:
 
 def measure_limit(device: torch.device, working_set_bytes: int, dtype: torch.dtype) -> Limit:
     """Time reads at the working set and at main memory's size, and a matrix product. Under a second."""
-    dram_bytes = DRAM_BYTES[device.type]
-    dram = read_rate(device, dram_bytes)
-    near = dram if working_set_bytes >= dram_bytes else max(read_rate(device, working_set_bytes), dram)
+    data = torch.ones(buffer_bytes(device) // 4, dtype=torch.float32, device=device)
+    near = dram = read_rate(data)
+    if working_set_bytes < data.nbytes:
+        near = max(read_rate(data[: max(working_set_bytes // 4, 1024)]), dram)
+    del data
     return Limit(str(device), working_set_bytes, near, dram, matrix_rate(device, dtype))
 
 
-def read_rate(device: torch.device, size_bytes: int) -> float:
-    """Best bytes/s over a sum, a dot product of the halves and a copy (read and written) of `size_bytes` of fp32."""
-    data = torch.ones(max(size_bytes // 4, 1024), dtype=torch.float32, device=device)
+def buffer_bytes(device: torch.device) -> int:
+    """Size of a buffer that lies beyond this device's caches."""
+    least, most = BUFFER_BYTES[device.type]
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return max(least, min(most, free // 2))
+    return max(least, min(most, CACHES_BEYOND * largest_cache_bytes()))
+
+
+def largest_cache_bytes() -> int:
+    """The largest cache of this machine's first processor; 0 if the system does not say (it does on Linux)."""
+    largest = 0
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with suppress(OSError, ValueError):
+            largest = max(largest, int(file.read_text().strip().removesuffix("K")) << 10)
+    return largest
+
+
+def read_rate(data: torch.Tensor) -> float:
+    """Best bytes/s over a sum, a dot product of the halves and a copy (read and written) of fp32 numbers."""
     half = data.numel() // 2
     source, target = data[:half], data[half : 2 * half]
-    passes = max(1, min(64, (16 << 20) // max(size_bytes, 1)))
+    passes = max(1, min(64, (16 << 20) // max(data.nbytes, 1)))
     works: tuple[Callable[[], object], ...] = (
         data.sum,
         lambda: torch.dot(source, target),
         lambda: target.copy_(source),
     )
-    return data.numel() * 4 / min(_best_seconds(work, device, passes) for work in works)
+    return data.nbytes / min(_best_seconds(work, data.device, passes) for work in works)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
