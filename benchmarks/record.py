@@ -306,11 +306,14 @@ def versions() -> dict[str, str]:
 
 
 def commit(given: str | None = None) -> dict[str, Any]:
-    """The commit of the tree and whether it has changes."""
+    """The commit of the tree and whether it has changes (new results beside it are none)."""
     found = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     if not found:
         return {"id": given, "dirty": None}
-    return {"id": found, "dirty": bool(_output(["git", "-C", str(ROOT), "status", "--porcelain"]))}
+    return {
+        "id": found,
+        "dirty": bool(_output(["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"])),
+    }
 
 
 def _output(command: Sequence[str]) -> str:

@@ -275,7 +275,10 @@ def policies(record: Record, folder: Any, what: str, jobs: Sequence[Job]) -> Non
     }
     record.settings["policies"] = settings
     chunked = "chunked 512"
-    engines = {name: LLM(folder, dtype="float32", device="cpu", enable_prefix_caching=False, **extra) for name, extra in settings.items()}
+    engines = {
+        name: LLM(folder, dtype="float32", device="cpu", enable_prefix_caching=False, **extra)
+        for name, extra in settings.items()
+    }
     try:
         run_policies(record, engines, jobs, vocabulary, chunked, what)
     finally:
