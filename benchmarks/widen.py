@@ -3,7 +3,8 @@
     python -m benchmarks.widen --out DIR            # a Hugging Face checkpoint (16 GB for the default shape)
     llm = benchmarks.widen.load(shape, device="cuda")   # the same, filled on the device, nothing on disk
 
-Random weights of a large shape write no text: they accept no drafts, share no structure, end nowhere. Widening keeps what the embedded model says and makes each step
+Random weights of a large shape write no text: they accept no drafts, share no structure, end nowhere.
+Widening keeps what the embedded model says and makes each step
 cost what an 8B step costs. How every tensor is made:
 
 residual stream  The first `hidden` dimensions are the original's, the others stay exactly zero (but for
