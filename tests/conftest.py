@@ -132,3 +132,14 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return write_checkpoint(tmp_path / f"checkpoint-{len(list(tmp_path.iterdir()))}", **changes)
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a CUDA device say so where there is none, instead of failing."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

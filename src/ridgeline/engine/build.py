@@ -301,12 +301,22 @@ def _load(
 
 
 def _trace(price: Price, work: str, resolved: Resolved, ops: Ops) -> None:
-    """One step of a class of work on meta tensors, for the choice of kernels."""
+    """One step of a class of work on meta tensors, with all that a step may do, for the choice of kernels."""
     length = min(8, resolved.max_model_len)
     new = {"decode": (1, 1), "prefill": (length, length), "mixed": (1, length)}[work]
     visible = (length, length)
     for greedy in (True, False):
         price.trace(Spans(new, visible), len(new), greedy, ops, work)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    rows = len(new)
+    logits = empty(rows, price.model.spec.vocabulary, dtype=getattr(torch, resolved.dtype))
+    floats, longs = empty(rows, dtype=torch.float32), empty(rows)
+    ops.adjust(logits, longs, longs, floats, floats, floats, floats, floats, longs, longs, floats)
+    ops.score(logits, longs, 1)
+    ops.kv_move(price.pages, empty(1), empty(1))
 
 
 def _ledger(
