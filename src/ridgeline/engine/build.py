@@ -29,6 +29,7 @@ from ridgeline.engine.memory import (
     device_memory_bytes,
     ledger_rows,
     reference_bytes,
+    return_freed_memory,
     size,
 )
 from ridgeline.engine.torch_executor import TorchExecutor
@@ -297,6 +298,7 @@ def _load(
         load_checkpoint(model.store, directory, progress)
     if packed:
         pack(model.store)
+        return_freed_memory()
     return model
 
 

@@ -5,8 +5,10 @@ Knows devices' memory and tensors' lifetimes. It must not know requests.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,12 @@ def cpu_memory_bytes() -> tuple[int, int]:
     except (OSError, ValueError):
         pass
     return total, available
+
+
+def return_freed_memory() -> None:
+    """Ask the C library to give freed memory back to the system (it keeps up to some 30 MB after loading weights)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def device_memory_bytes(device: torch.device) -> tuple[int, int]:
