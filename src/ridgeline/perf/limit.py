@@ -17,7 +17,7 @@ import torch
 
 from ridgeline.core.cost import Cost
 
-CACHES_BEYOND = 5
+CACHES_BEYOND = 4
 """Main memory is measured on a buffer of this many times the largest cache."""
 BUFFER_BYTES = {"cpu": (64 << 20, 512 << 20), "cuda": (256 << 20, 2 << 30)}
 """Least and most that such a buffer takes: it is memory that the user did not ask for."""
