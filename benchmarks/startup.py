@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace) -> Record:
     command = command_of(options, None if what == "embedded model" else folder)
     record.settings = {
         "model": what,
-        "command": command,
+        "command": [Path(command[0]).name, *command[1:]],
         "cores": options.threads,
         "rounds": options.rounds,
         "prompt": PROMPT,
