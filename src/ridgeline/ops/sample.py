@@ -101,7 +101,8 @@ def sample(
 
     logits: [R, V]; temperature (0: greedy), top_p, min_p: [R] fp32; top_k (0: all), seeds, positions:
     [R] int64. greedy: every row is greedy; cut: some row uses top_k, top_p or min_p (both known to the
-    host, so that the work is left out otherwise). Returns [R] int64.
+    host, so that the work is left out otherwise). Returns [R] int64; a row with a NaN gives V, which is no
+    token.
     """
     if logits.device.type == "meta":
         return torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)

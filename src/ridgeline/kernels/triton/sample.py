@@ -83,6 +83,7 @@ def _stretch_kernel(
     token = start + tl.arange(0, STRETCH)
     inside = token < tokens
     score = tl.load(logits + row * logits_stride + token, mask=inside, other=float("-inf")).to(tl.float32)
+    broken = tl.max((score != score).to(tl.int32), axis=0)
     if not GREEDY:
         warmth = tl.load(temperature + row)
         if warmth > 0:
@@ -104,12 +105,12 @@ def _stretch_kernel(
             if keep is not None:
                 kept_here = tl.load(keep + row * tokens + token, mask=inside, other=0)
                 score = tl.where(kept_here != 0, score, float("-inf"))
-    # NaN loses to everything, so that an id always comes out; lanes past the end lose by their higher ids.
+    # Lanes past the end lose by their higher ids. A NaN wins, as the id that the vocabulary does not have.
     score = tl.where(score == score, score, float("-inf"))
     top = tl.max(score, axis=0)
     winner = tl.min(tl.where(score == top, token, NOBODY), axis=0)
-    tl.store(best + tl.program_id(0), top)
-    tl.store(best_id + tl.program_id(0), winner)
+    tl.store(best + tl.program_id(0), tl.where(broken > 0, float("inf"), top))
+    tl.store(best_id + tl.program_id(0), tl.where(broken > 0, tokens.to(tl.int32), winner))
 
 
 @triton.jit(do_not_specialize=["stretches"], do_not_specialize_on_alignment=["best", "best_id", "out"])
