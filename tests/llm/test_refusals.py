@@ -201,10 +201,16 @@ def test_settings_beyond_this_model_or_machine(tiny: Path) -> None:
         ({"device": "cuda:99"}, "device"),
         ({"enable_chunked_prefill": False, "max_num_batched_tokens": 8}, "max_num_batched_tokens"),
         ({"kv_cache": False, "enable_prefix_caching": True}, "enable_prefix_caching"),
+        ({"batch_invariant": True}, "batch_invariant"),
     ):
         with pytest.raises(InvalidArgument) as caught:
             LLM(tiny, kernels="reference", **settings)
         assert caught.value.parameter == parameter
+
+
+def test_the_cpu_kernels_are_batch_invariant_as_asked(tiny: Path) -> None:
+    with LLM(tiny, batch_invariant=True) as llm:
+        assert {row.kernel for row in llm.built.table.rows if row.op == "linear"} == {"cpu"}
 
 
 def test_an_unknown_setting_names_the_nearest(tiny: Path) -> None:

@@ -42,9 +42,11 @@ class EngineConfig:
     enable_prefix_caching, enable_chunked_prefill, kv_cache: see docs; all on by default.
     scheduling_policy: fcfs, priority, static.
     load_format: auto, safetensors, or dummy (random weights made on the device).
-    enforce_eager: no CUDA graphs. seed: of requests without one (None: drawn from the system).
+    enforce_eager: no CUDA graphs (nothing captures any yet).
+    seed: of requests without one (None: drawn from the system).
     kernels: which family of kernels serves ("auto": the best that accepts).
-    batch_invariant: on a GPU, kernels whose result for a row never depends on its neighbours.
+    batch_invariant: insist that a row never depends on its neighbours, to the bit. The CPU kernels give that
+        anyway; where it cannot be had (GPUs, reference kernels) it is refused.
     max_logprobs: most alternatives that a request may ask for.
     speculative_config: None.
     """

@@ -107,7 +107,7 @@ def build(
     model = _load(config, spec, resolved, directory, _packs(config, resolved), progress)
     layout = KVLayout(spec.layers, spec.kv_heads, spec.head_dim, dtype.itemsize, resolved.block_size)
     ledger = _ledger(config, resolved, model, layout, price, table)
-    blocks = ledger.kv_bytes // layout.bytes_per_block
+    blocks = layout.blocks_within(ledger.kv_bytes)
     reasons = {**resolved.reasons, "num_blocks": f"what {size(ledger.kv_bytes)} hold"}
     resolved = replace(resolved, num_blocks=blocks, reasons=reasons)
     pages = Pages(layout, blocks, device, dtype)
@@ -213,6 +213,12 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
     dtype = config.dtype
     if dtype == "auto":
         dtype, reasons["dtype"] = _auto_dtype(spec, kind)
+    if config.batch_invariant and (kind != "cpu" or config.kernels not in ("auto", "cpu") or dtype == "float16"):
+        raise InvalidArgument(
+            "batch_invariant",
+            f"is not available with kernels={config.kernels!r} on {device} in {dtype}: only the CPU "
+            "kernels, in float32 and bfloat16, keep a row from depending on its neighbours",
+        )
     longest = spec.max_positions
     if spec.rope is not None and spec.rope.kind in ("linear", "dynamic", "yarn"):
         longest = max(longest, int(spec.rope.original_positions * spec.rope.factor))
@@ -351,7 +357,7 @@ def _ledger(
             f"others hold ({size(rest)}) {resolved.device} has room for {size(max(most, 0))}; lower max_model_len "
             "or max_num_batched_tokens, or change kv_cache_memory_bytes or gpu_memory_utilization"
         )
-    blocks = room // layout.bytes_per_block
+    blocks = layout.blocks_within(room)
     return MemoryLedger(
         total_bytes=total,
         usable_bytes=usable,
