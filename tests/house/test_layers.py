@@ -37,6 +37,7 @@ PACKAGES = {
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "triton": {"kernels"},
+    "cuda": {"kernels"},
     "safetensors": {"models"},
     "huggingface_hub": {"models"},
     "tokenizers": {"text"},

@@ -16,7 +16,6 @@ import hashlib
 import importlib
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,8 +26,9 @@ from typing import Any
 import llvmlite
 from llvmlite import binding
 
+from ridgeline.kernels import kept
+
 FOLDER = Path(__file__).parent
-DIGEST_BYTES = 32
 WEEK_S = 7 * 24 * 3600
 _lock = threading.RLock()
 
@@ -50,9 +50,7 @@ def edition() -> str:
 @lru_cache(maxsize=1)
 def folder() -> Path | None:
     """Where object files lie; None if no place can be written."""
-    given = os.environ.get("RIDGELINE_CACHE")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ridgeline"
-    for base in (Path(given),) if given else (FOLDER / "__pycache__", user):
+    for base in kept.places(FOLDER / "__pycache__"):
         place = base / f"kernels-{edition()}"
         with contextlib.suppress(OSError):
             if not place.is_dir():
@@ -92,34 +90,15 @@ def _engine() -> Any:
     return binding.create_mcjit_compiler(binding.parse_assembly(""), target_machine())
 
 
-def _kept(file: Path) -> bytes | None:
-    """An object file's content, if it is there and whole: LLVM trusts what it is given."""
-    with contextlib.suppress(OSError):
-        content = file.read_bytes()
-        if hashlib.sha256(content[DIGEST_BYTES:]).digest() == content[:DIGEST_BYTES]:
-            return content[DIGEST_BYTES:]
-    return None
-
-
-def _keep(file: Path, made: bytes) -> None:
-    """Write an object file behind its digest; several processes may do so at once."""
-    with contextlib.suppress(OSError):
-        handle, temporary = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "wb") as written:
-            written.write(hashlib.sha256(made).digest() + made)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-
-
 def load(name: str, make: Callable[[], bytes]) -> int:
     """The address of the function `name` of the object file that `make` makes, if none is on the disk."""
     with _lock:
         place = folder()
-        code = _kept(place / f"{name}.code") if place else None
+        code = kept.read(place / f"{name}.code") if place else None
         if code is None:
             code = make()
             if place:
-                _keep(place / f"{name}.code", code)
+                kept.write(place / f"{name}.code", code)
         engine = _engine()
         engine.add_object_file(binding.ObjectFileRef.from_data(code))
         engine.finalize_object()
