@@ -197,7 +197,7 @@ def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
     result.add_argument("--model", type=Path, help="a checkpoint directory instead of the embedded model")
     result.add_argument("--out", type=Path, help="folder or .json file for the result")
     result.add_argument("--machine", help="name of the folder below benchmarks/results (default: from the hardware)")
-    result.add_argument("--commit", help="the commit, where there is no git")
+    result.add_argument("--commit", help="the commit, where git is not there or does not know")
     return result
 
 
@@ -306,8 +306,12 @@ def versions() -> dict[str, str]:
 
 
 def commit(given: str | None = None) -> dict[str, Any]:
-    """The commit of the tree and whether it has changes (new results beside it are none)."""
-    found = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    """The commit of the tree and whether it has changes (new results beside it are none).
+
+    A commit that is given counts, and whether the tree had changes is not known then: where a copy of the
+    tree is measured, git speaks of what it was copied over.
+    """
+    found = "" if given else _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     if not found:
         return {"id": given, "dirty": None}
     return {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode_cpu, gpu_baseline, kv_cache, qwen3_bandwidth, record, run, startup, trace_cpu
+from benchmarks import decode_cpu, gpu_baseline, gpu_seeds, kv_cache, qwen3_bandwidth, record, run, startup, trace_cpu
 from benchmarks.models import TINY_SHAPE, random_checkpoint
 from benchmarks.trace import azure_jobs, prompts_for, spread
 from ridgeline.kv.layout import KVLayout
@@ -90,6 +90,26 @@ def test_gpu_baseline_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:
     assert [len(one) for one in result["timings"]["batch 3"]["ridgeline"]] == [3, 3]
     assert result["summary"]["greedy_tokens_that_agree"] > 0.2
     assert all(one["met"] is None for one in result["targets"])
+
+
+def test_gpu_seeds_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:
+    """In fp32 on a CPU no neighbour changes a token: what would be reported as different is none."""
+    result = bench(gpu_seeds, "--device", "cpu")
+    assert result["summary"] == {
+        "float32": {
+            "requests": 4,
+            "requests_that_differ": 0,
+            "first_differences": [],
+            "differences_a_token": 0.0,
+            "same_when_the_batch_is_repeated": 4,
+        }
+    }
+    assert result["settings"]["new_tokens"] == 8
+
+
+def test_the_first_difference_is_where_tokens_part() -> None:
+    assert gpu_seeds.first([1, 2, 3], [1, 2, 3]) is None
+    assert gpu_seeds.first([1, 2, 3], [1, 5, 4]) == 1
 
 
 def test_a_process_is_timed_to_the_first_byte_after_the_prompt() -> None:
@@ -171,6 +191,7 @@ def test_a_result_says_where_and_how(tmp_path: Path, capsys: pytest.CaptureFixtu
     result = json.loads(paths[0].read_text(encoding="utf-8"))
     assert {"machine", "versions", "commit", "command", "date", "loads", "timings", "settings"} <= set(result)
     assert result["machine"]["cpus"] >= 1
+    assert result["commit"] == {"id": "abc", "dirty": None}
     assert result["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in result["versions"]
     shown = capsys.readouterr().out
     assert "NOT MET" in shown
