@@ -131,31 +131,53 @@ class Spans:
     """The host's view of a step's sequences: what cost may look at.
 
     new: tokens that each request computes now; visible: keys that its last new token sees (itself
-    included). Kernels never see these integers; they read the device part of a Batch.
+    included). trees: empty if no request verifies a draft tree; else, for each request, how many of the
+    tree's keys each of its last rows sees, one number a node of its tree (the last keys of `visible` are
+    these nodes; no numbers: no tree). Kernels never see these integers; they read the device part of a
+    Batch.
     """
 
     new: tuple[int, ...]
     visible: tuple[int, ...]
+    trees: tuple[tuple[int, ...], ...] = ()
 
-    def pairs(self, window: int | None = None) -> int:
-        """Query-key pairs under the causal mask, aligned at the last token.
+    def pairs(self, window: int | None = None, causal: bool = True) -> int:
+        """Query-key pairs under the causal mask, aligned at the last token; all of them if not causal.
 
         window: a query sees at most this many keys, itself included.
         """
+        if not causal:
+            return sum(new * visible for new, visible in zip(self.new, self.visible))
+        if not self.trees:
+            return sum(_chain_pairs(new, visible, window) for new, visible in zip(self.new, self.visible))
         total = 0
-        for new, visible in zip(self.new, self.visible):
-            first = visible - new + 1
-            if window is None or visible <= window:
-                total += new * (first + visible) // 2
-            elif first >= window:
-                total += new * window
-            else:
-                growing = window - first + 1
-                total += growing * (first + window) // 2 + (new - growing) * window
+        for new, visible, seen in zip(self.new, self.visible, self.trees):
+            prefix = visible - len(seen)
+            total += _chain_pairs(new - len(seen), prefix, window) + sum(seen)
+            total += sum(prefix if window is None else min(prefix, window - depth) for depth in seen)
         return total
 
     def keys(self, window: int | None = None) -> int:
         """Distinct keys that any query of each request sees, summed over requests."""
         if window is None:
-            return sum(self.visible)
-        return sum(min(visible, window + new - 1) for new, visible in zip(self.new, self.visible))
+            return sum(visible for new, visible in zip(self.new, self.visible) if new)
+        trees = self.trees or ((),) * len(self.new)
+        total = 0
+        for new, visible, seen in zip(self.new, self.visible, trees):
+            # The row whose window begins first: the first of a chain, or the node of the least depth.
+            chain, prefix = new - len(seen), visible - len(seen)
+            first = prefix - chain if chain else prefix + min(seen, default=0) - 1
+            total += min(visible, visible - first + window - 1) if new else 0
+        return total
+
+
+def _chain_pairs(new: int, visible: int, window: int | None) -> int:
+    """Pairs of the last `new` queries of `visible` keys, each seeing those up to its own, `window` at most."""
+    new = min(new, visible)  # earlier ones stand before the first key
+    first = visible - new + 1
+    if window is None or visible <= window:
+        return new * (first + visible) // 2
+    if first >= window:
+        return new * window
+    growing = window - first + 1
+    return growing * (first + window) // 2 + (new - growing) * window

@@ -1,7 +1,7 @@
-"""Attention of ragged batches of new tokens over paged keys and values.
+"""Attention of ragged batches of new tokens over keys and values in pages, or in rows of their own.
 
-Knows causal, windowed attention by block table. It must not know layers, schedulers or who shares a
-page; everything arrives as an argument.
+Knows what attention means: masks, caps, sinks, draft trees, logarithms of sums. It must not know layers,
+schedulers or who shares a page; everything arrives as an argument. docs/attention.md is the contract.
 """
 
 from __future__ import annotations
@@ -13,76 +13,136 @@ import torch
 
 from ridgeline.core.cost import Cost
 from ridgeline.core.step import Spans
+from ridgeline.ops.attention_call import WORD_BITS, Call, checked
 from ridgeline.ops.op import Tolerance, op
 from ridgeline.ops.weight import nbytes
+
+Attended = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 @op("contraction", float32=Tolerance(1e-5, 1e-5), bfloat16=Tolerance(2e-2, 2e-2), float16=Tolerance(4e-3, 4e-3))
 def attention(
     q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_tables: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_tables: torch.Tensor | None,
     query_starts: torch.Tensor,
     lengths: torch.Tensor,
     spans: Spans,
     scale: float,
     window: int | None = None,
-) -> torch.Tensor:
-    """softmax(scale * q k.T + causal mask) v, request by request.
+    key_starts: torch.Tensor | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    tree: torch.Tensor | None = None,
+    tails: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> Attended:
+    """softmax(mask(cap(scale * q k.T))) v, request by request.
 
-    q: [T, H, D], requests one after the other; k_pages, v_pages: [blocks, Hk, block, D], H a multiple
-    of Hk. block_tables: [B, blocks a request] int32; query_starts: [B + 1] int32, request b owns rows
-    query_starts[b] .. query_starts[b + 1]; lengths: [B] int32 keys visible to b's last row. Row i of
-    the n rows of b sees keys 0 .. lengths[b] - n + i, the last `window` of them if a window is given.
-    spans: the same lengths as host integers, for cost alone. A request with no rows (padding) is
-    legal. Returns [T, H, D].
+    q: [T, H, D], requests one after the other, H a multiple of Hk. query_starts: [B + 1] int32, request b
+    owns rows query_starts[b] .. query_starts[b + 1]; lengths: [B] int32 keys visible to b's last row. A
+    request with no rows (padding) is legal.
+    k, v: [blocks, Hk, block, D] with block_tables: [B, blocks a request] int32, or [K, Hk, D] with
+    key_starts: [B + 1] int32, request b owning rows key_starts[b] .. of them. Exactly one of the two is given.
+    causal: row i of the n rows of b sees keys 0 .. lengths[b] - n + i, the last `window` of them if a
+    window is given; if not, every row sees all lengths[b] keys.
+    softcap: scores become softcap * tanh(score / softcap) before the mask. sinks: [H] fp32 logits that
+    take part in the denominator and have no value.
+    tree: [T, words] int32 and tails: [B] int32: the last tails[b] keys of b are nodes of a tree, its last
+    tails[b] rows the same nodes. Such a row sees the keys before the tail (those within `window` of its
+    position: the tail's start + its number of bits - 1) and tail key j if bit j % 32 of word j // 32 is set;
+    bits past the tail are not looked at. Other rows are causal.
+    spans: the same lengths as host integers, for cost and checks alone.
+
+    Returns [T, H, D]; with return_lse also [T, H] fp32, the natural logarithm of the sum of exponentials,
+    the sink's included. Rows that see nothing give zeros and -inf (with sinks: the sink). Rows of no request
+    are left as they are. Keys that no row sees may hold anything.
+    Raises InvalidArgument for shapes, dtypes, strides and devices that do not belong together.
     """
-    out = torch.empty_like(q)
-    if q.device.type == "meta":
-        return out
-    heads, head_dim = q.shape[1], q.shape[2]
-    group = heads // k_pages.shape[1]
-    size = k_pages.shape[2]
-    starts, visible = query_starts.tolist(), lengths.tolist()
-    for index, length in enumerate(visible):
-        first, last = starts[index], starts[index + 1]
-        rows = last - first
-        if rows == 0:
-            continue
-        table = block_tables[index, : -(-length // size)].long()
-        keys, values = (
-            pages[table].transpose(0, 1).reshape(-1, table.numel() * size, head_dim)[:, :length]
-            for pages in (k_pages, v_pages)
+    call = checked(
+        Call(
+            q, k, v, block_tables, query_starts, lengths, spans, scale,
+            window, key_starts, causal, softcap, sinks, tree, tails, return_lse,
         )
-        keys, values = keys.repeat_interleave(group, 0).float(), values.repeat_interleave(group, 0).float()
-        scores = scale * (q[first:last].transpose(0, 1).float() @ keys.transpose(1, 2))
-        row = torch.arange(length - rows, length, device=q.device)[:, None]
-        column = torch.arange(length, device=q.device)[None, :]
-        hidden = column > row
-        if window is not None:
-            hidden |= column <= row - window
-        scores = scores.masked_fill(hidden, float("-inf"))
-        out[first:last] = (scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype)
-    return out
+    )  # fmt: skip
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if q.device.type != "meta":
+        starts, visible = query_starts.tolist(), lengths.tolist()
+        ends = visible if tails is None else [n - tail for n, tail in zip(visible, tails.tolist())]
+        for index, length in enumerate(visible):
+            first, last = starts[index], starts[index + 1]
+            if first < last:
+                keys, values = keys_of(call, index, length)
+                hidden = ~seen(call, first, last, ends[index], length)
+                out[first:last], lse[first:last] = _attend(call, q[first:last], keys, values, hidden)
+    return (out, lse) if return_lse else out
+
+
+def keys_of(call: Call, index: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of request `index`, [Hk, length, D] each."""
+    if call.block_tables is None:
+        assert call.key_starts is not None
+        first = int(call.key_starts[index])
+        return call.k[first : first + length].transpose(0, 1), call.v[first : first + length].transpose(0, 1)
+    size = call.k.shape[2]
+    table = call.block_tables[index, : -(-length // size)].long()
+    keys, values = (pages[table].transpose(0, 1).flatten(1, 2)[:, :length] for pages in (call.k, call.v))
+    return keys, values
+
+
+def seen(call: Call, first: int, last: int, tail: int, length: int) -> torch.Tensor:
+    """Which of `length` keys rows first .. last of one request see, [rows, length]; its tree's keys begin at `tail`."""
+    device = call.q.device
+    key = torch.arange(length, device=device)[None, :]
+    position = torch.arange(length - (last - first), length, device=device)[:, None]
+    if not call.causal:
+        return torch.ones(last - first, length, dtype=torch.bool, device=device)
+    mask = key <= position
+    if call.tree is not None and tail < length:
+        nodes = length - tail
+        bit = torch.arange(nodes, device=device)
+        bits = (call.tree[last - nodes : last, bit // WORD_BITS] >> (bit % WORD_BITS)) & 1
+        mask[-nodes:, :tail] = True
+        mask[-nodes:, tail:] = bits.bool()
+        position[-nodes:, 0] = tail + bits.sum(1) - 1
+    if call.window is not None:
+        mask &= (key > position - call.window) | (key >= tail)
+    return mask
+
+
+def _attend(
+    call: Call, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One request: rows [n, H, D] over keys and values [Hk, length, D] in fp32 (fp64 if q is)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    keys, values = (part.repeat_interleave(call.group, 0).to(dtype) for part in (keys, values))
+    # Zero times NaN is NaN, so what no row sees is cleared.
+    values = values.masked_fill(hidden.all(0)[None, :, None], 0.0)
+    scores = call.scale * (q.transpose(0, 1).to(dtype) @ keys.transpose(1, 2))
+    if call.softcap is not None:
+        scores = call.softcap * (scores / call.softcap).tanh()
+    scores = scores.masked_fill(hidden, float("-inf"))
+    total = torch.logsumexp(scores, -1)
+    if call.sinks is not None:
+        total = torch.logaddexp(total, call.sinks[:, None].to(dtype))
+    weights = (scores - total.masked_fill(total == float("-inf"), 0.0)[:, :, None]).exp()
+    return (weights @ values).transpose(0, 1).to(q.dtype), total.transpose(0, 1).float()
 
 
 @attention.cost
-def _(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    lengths: torch.Tensor,
-    spans: Spans,
-    scale: float,
-    window: int | None = None,
-) -> Cost:
-    heads, head_dim, kv_heads = q.shape[1], q.shape[2], k_pages.shape[1]
-    kv_bytes = 2 * kv_heads * head_dim * k_pages.element_size() * spans.keys(window)
+def _(*args: Any, **kwargs: Any) -> Cost:
+    call = Call(*args, **kwargs)
+    q, spans = call.q, call.spans
+    heads, head_dim = q.shape[1], q.shape[2]
+    key_bytes = 2 * call.k.shape[1] * head_dim * call.k.element_size() * spans.keys(call.window)
+    more = [one for one in (call.sinks, call.tree) if one is not None]
     return Cost(
-        flops=4 * heads * head_dim * spans.pairs(window), read_bytes=nbytes(q) + kv_bytes, write_bytes=nbytes(q)
+        flops=4 * heads * head_dim * spans.pairs(call.window, call.causal),
+        read_bytes=nbytes(q) + key_bytes + sum(map(nbytes, more)),
+        write_bytes=nbytes(q) + (4 * q.shape[0] * heads if call.return_lse else 0),
     )
 
 
@@ -96,6 +156,21 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
         (6, 2, 16, 16, None, (1,), (35,)),
     ):
         yield attention_inputs(device, dtype, heads, kv_heads, head_dim, block, window, new, visible)
+    ragged = (70, 1, 5, 0, 6), (70, 33, 60, 7, 4)
+    cases: tuple[tuple[int, int, int, int | None, int | None, dict[str, Any]], ...] = (
+        (4, 2, 64, None, None, {"causal": False}),
+        (4, 1, 64, None, 20, {}),
+        (4, 2, 128, 16, None, {"causal": False, "return_lse": True}),
+        (4, 2, 64, 64, None, {"softcap": 3.0}),
+        (4, 2, 64, None, 33, {"sinks": True, "return_lse": True}),
+        (4, 2, 64, 16, 33, {"sinks": True, "softcap": 3.0, "return_lse": True}),
+        (4, 2, 128, 64, None, {"tails": (40, 0, 5, 0, 2)}),
+        (8, 2, 64, 32, None, {"tails": (0, 1, 4, 0, 2), "return_lse": True}),
+        (4, 2, 64, 16, 64, {"tails": (40, 1, 0, 0, 0), "sinks": True}),
+        (4, 2, 64, None, 32, {"tails": (30, 1, 3, 0, 2)}),
+    )
+    for heads, kv_heads, head_dim, size, limit, features in cases:
+        yield attention_inputs(device, dtype, heads, kv_heads, head_dim, size, limit, *ragged, **features)
 
 
 def attention_inputs(
@@ -104,33 +179,100 @@ def attention_inputs(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    block: int,
+    block: int | None,
     window: int | None,
     new: tuple[int, ...],
     visible: tuple[int, ...],
+    *,
+    causal: bool = True,
+    softcap: float | None = None,
+    sinks: bool = False,
+    tails: tuple[int, ...] | None = None,
+    return_lse: bool = False,
 ) -> Mapping[str, Any]:
-    """Random arguments for `attention`: pages in random order, pages of nobody filled with NaN."""
-    needed = [-(-length // block) for length in visible]
-    order = torch.randperm(sum(needed) + 2)
-    tables = torch.zeros(len(visible), max(needed) + 1, dtype=torch.int32)
-    used = 0
-    for index, count in enumerate(needed):
-        tables[index, :count] = order[used : used + count]
-        used += count
-    pages = [torch.randn(sum(needed) + 2, kv_heads, block, head_dim, device=device, dtype=dtype) for _ in range(2)]
-    for page in pages:
-        page[order[used:].to(page.device)] = float("nan")
-    starts = [0]
-    for count in new:
-        starts.append(starts[-1] + count)
+    """Random arguments for `attention`, NaN wherever nobody may look.
+
+    block: keys of a page (pages come in random order), or None for contiguous keys. tails: nodes of each
+    request's tree, which is random too.
+    """
+    layout = _pages(kv_heads, head_dim, block, visible) if block else _rows(kv_heads, head_dim, visible)
+    starts = _starts(new)
+    tree, trees = (None, ()) if tails is None else random_trees(new, tails)
+    arguments = {
+        "q": torch.randn(starts[-1], heads, head_dim).to(dtype),
+        **{name: one.to(dtype) if one.is_floating_point() else one for name, one in layout.items()},
+        "query_starts": torch.tensor(starts, dtype=torch.int32),
+        "lengths": torch.tensor(visible, dtype=torch.int32),
+        "sinks": torch.randn(heads) if sinks else None,
+        "tree": tree,
+        "tails": None if tails is None else torch.tensor(tails, dtype=torch.int32),
+    }
+    on_device = {name: None if one is None else one.to(device) for name, one in arguments.items()}
     return {
-        "q": torch.randn(starts[-1], heads, head_dim, device=device, dtype=dtype),
-        "k_pages": pages[0],
-        "v_pages": pages[1],
-        "block_tables": tables.to(device),
-        "query_starts": torch.tensor(starts, dtype=torch.int32, device=device),
-        "lengths": torch.tensor(visible, dtype=torch.int32, device=device),
-        "spans": Spans(new, visible),
+        "block_tables": None,
+        **on_device,
+        "spans": Spans(new, visible, trees),
         "scale": head_dim**-0.5,
         "window": window,
+        "causal": causal,
+        "softcap": softcap,
+        "return_lse": return_lse,
     }
+
+
+def _starts(counts: tuple[int, ...]) -> list[int]:
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
+    return starts
+
+
+def _pages(kv_heads: int, head_dim: int, block: int, visible: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Keys and values in pages of random order. Behind a request's last key, and in pages of nobody, is NaN."""
+    needed = [-(-length // block) for length in visible]
+    total = sum(needed) + 2
+    order = torch.randperm(total)
+    tables = torch.full((len(visible), max(needed) + 1), int(order[-1]), dtype=torch.int32)
+    pages = [torch.full((total, kv_heads, block, head_dim), float("nan")) for _ in range(2)]
+    used = 0
+    for index, length in enumerate(visible):
+        for place in range(needed[index]):
+            page = int(order[used])
+            used += 1
+            tables[index, place] = page
+            real = min(block, length - place * block)
+            for side in pages:
+                side[page, :, :real] = torch.randn(kv_heads, real, head_dim)
+    return {"k": pages[0], "v": pages[1], "block_tables": tables}
+
+
+def _rows(kv_heads: int, head_dim: int, visible: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Keys and values one after the other, with three rows of NaN behind each request."""
+    starts = _starts(tuple(length + 3 for length in visible))
+    k, v = (torch.full((starts[-1], kv_heads, head_dim), float("nan")) for _ in range(2))
+    for start, length in zip(starts, visible):
+        for side in (k, v):
+            side[start : start + length] = torch.randn(length, kv_heads, head_dim)
+    return {"k": k, "v": v, "key_starts": torch.tensor(starts, dtype=torch.int32)}
+
+
+def random_trees(new: tuple[int, ...], tails: tuple[int, ...]) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...]]:
+    """Ancestor bits [T, words] of a random tree for each request, and how many bits each node has (Spans.trees).
+
+    Every bit that nobody may look at is set: rows before the tails, and bits past them.
+    """
+    words = max(1, -(-max(tails, default=0) // WORD_BITS))
+    tree = torch.full((sum(new), words), -1, dtype=torch.int32)
+    trees = []
+    for start, rows, count in zip(_starts(new), new, tails):
+        nodes: list[int] = []
+        for node in range(count):
+            parent = int(torch.randint(-1, node, ())) if node else -1
+            nodes.append((nodes[parent] if parent >= 0 else 0) | 1 << node)
+        for node, bits in enumerate(nodes):
+            filled = bits | -1 << count
+            for word in range(words):
+                part = filled >> WORD_BITS * word & 0xFFFFFFFF
+                tree[start + rows - count + node, word] = part - (part >> 31 << 32)
+        trees.append(tuple(bits.bit_count() for bits in nodes))
+    return tree, tuple(trees)

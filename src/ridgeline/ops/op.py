@@ -31,14 +31,14 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A device that a kernel needs: its type ("cuda", "cpu") and, on CUDA, the least capability (80, 90)."""
+    """A device that a kernel needs: its type ("cuda", "cpu", or "any") and, on CUDA, the least capability (80, 90)."""
 
     device: str
     capability: int = 0
 
     def refuse(self, device: str, capability: int) -> str | None:
         """Why a device does not serve, or None if it does."""
-        if device != self.device:
+        if self.device not in (device, "any"):
             return f"needs a {self.device} device"
         if capability < self.capability:
             return f"needs compute capability {self.capability / 10:.1f}, this device has {capability / 10:.1f}"
@@ -51,6 +51,10 @@ def cuda(capability: int) -> Need:
 
 def cpu() -> Need:
     return Need("cpu")
+
+
+def anywhere() -> Need:
+    return Need("any")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from ridgeline.core.step import Spans
 from ridgeline.models.batch import Batch, meta_batch
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Op, Ops, attention
+from ridgeline.ops.attention_call import Call
 from ridgeline.perf.meter import Meter
 
 
@@ -40,8 +41,7 @@ class _AttentionApart(Meter):
         if op is not attention:
             super().before(op, args, kwargs)
             return
-        names = ("q", "k_pages", "v_pages", "block_tables", "query_starts", "lengths", "spans", "scale", "window")
-        self.apart.append({**dict(zip(names, args)), **kwargs})
+        self.apart.append(Call(*args, **kwargs)._asdict())
 
 
 class Price:
@@ -65,7 +65,7 @@ class Price:
 
     def attention(self, spans: Spans) -> Cost:
         """Attention's part of a step; the rest depends on the numbers of tokens and rows alone."""
-        return self._attention(self._dense(1, 1, True), spans, ZERO)
+        return self._attention(self._dense(sum(spans.new), 1, True), spans, ZERO)
 
     def _attention(self, dense: _Dense, spans: Spans, total: Cost) -> Cost:
         for times, call in dense.attention:
@@ -88,9 +88,10 @@ class Price:
         if key not in self._cache:
             meter = _AttentionApart()
             self.trace(Spans((tokens,), (tokens,)), rows, greedy, Ops({}, meter))
-            grouped: dict[tuple[Any, Any], list[Any]] = {}
+            grouped: dict[tuple[Any, ...], list[Any]] = {}
             for call in meter.apart:
-                grouped.setdefault((call["window"], call["scale"]), [0, call])[0] += 1
+                key_of_call = (call["window"], call["scale"], call["causal"], call["softcap"], call["sinks"] is None)
+                grouped.setdefault(key_of_call, [0, call])[0] += 1
             self._cache[key] = _Dense(meter.total, tuple((n, call) for n, call in grouped.values()))
         return self._cache[key]
 

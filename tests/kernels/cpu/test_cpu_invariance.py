@@ -60,8 +60,8 @@ def pieces(arguments: dict[str, Any], request: int, bounds: list[int]) -> torch.
         parts.append(
             kernel("attention")(
                 arguments["q"][first + begin : first + end],
-                arguments["k_pages"],
-                arguments["v_pages"],
+                arguments["k"],
+                arguments["v"],
                 arguments["block_tables"][request : request + 1],
                 torch.tensor([0, end - begin], dtype=torch.int32),
                 torch.tensor([length], dtype=torch.int32),
@@ -122,7 +122,7 @@ def test_attention_does_not_know_the_page_size(dtype: torch.dtype) -> None:
     for block in (16, 20, 256):
         count = -(-200 // block)
         paged = {}
-        for name in ("k_pages", "v_pages"):
+        for name in ("k", "v"):
             keys = arguments[name][arguments["block_tables"][0, :4].long()].transpose(0, 1).reshape(2, 256, 64)[:, :200]
             room = torch.full((2, count * block, 64), float("nan"), dtype=dtype)
             room[:, :200] = keys

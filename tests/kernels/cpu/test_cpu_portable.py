@@ -34,6 +34,8 @@ for name, op in REGISTRY.items():
     for dtype in DTYPES:
         if "cpu" in op.kernels:
             for arguments in op.inputs("cpu", dtype):
+                if name == "attention" and op.kernels["cpu"].accepts(**arguments) is not None:
+                    continue
                 compare(name, arguments, dtype, any(isinstance(value, Weight) for value in arguments.values()))
 print("fine")
 """

@@ -12,7 +12,7 @@ from triton_checks import check_attention, kinds, paged
 
 from ridgeline.kernels.triton import attention as kernels
 from ridgeline.kernels.triton import ragged
-from ridgeline.kernels.triton.attention import Machine, Tile, _accepts, attention_triton
+from ridgeline.kernels.triton.attention import LIMITS, Machine, Tile, attention_triton
 from ridgeline.ops.attention import attention
 
 PATHS = ("as it comes", "split", "long", "small pieces", "fixed pieces")
@@ -182,9 +182,9 @@ def test_captured_graph_follows_lengths(spans: list[tuple[int, int]]) -> None:
     for changed in (spans, others):
         fresh = paged("cuda", torch.bfloat16, 32, 8, 128, 64, changed)
         inputs["q"].copy_(fresh["q"])
-        blocks = fresh["k_pages"].shape[0]
-        assert blocks <= inputs["k_pages"].shape[0]
-        for name in ("k_pages", "v_pages"):
+        blocks = fresh["k"].shape[0]
+        assert blocks <= inputs["k"].shape[0]
+        for name in ("k", "v"):
             inputs[name].fill_(float("nan"))
             inputs[name][:blocks].copy_(fresh[name])
         inputs["block_tables"].zero_()
@@ -202,8 +202,8 @@ def test_pages_past_two_gigabytes() -> None:
     torch.manual_seed(0)
     inputs = paged("cuda", torch.bfloat16, 8, 2, 128, 64, [(1, 500), (40, 300)])
     blocks = (1 << 32) // (2 * 64 * 128) + 64
-    inputs["block_tables"] += blocks - inputs["k_pages"].shape[0]
-    for name in ("k_pages", "v_pages"):
+    inputs["block_tables"] += blocks - inputs["k"].shape[0]
+    for name in ("k", "v"):
         pages = torch.zeros(blocks, 2, 64, 128, device="cuda", dtype=torch.bfloat16)
         pages[-inputs[name].shape[0] :] = inputs[name]
         inputs[name] = pages
@@ -213,10 +213,15 @@ def test_pages_past_two_gigabytes() -> None:
 def test_refuses() -> None:
     inputs = dict(next(iter(attention.inputs("cpu", torch.float32))))
     meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    assert _accepts(**meta) is None
-    assert "multiples of 8" in str(_accepts(**{**meta, "q": torch.empty(3, 4, 100, device="meta")}))
-    assert "float64" in str(_accepts(**{**meta, "q": meta["q"].double()}))
-    assert "pages" in str(_accepts(**{**meta, "q": meta["q"].half()}))
-    assert "int32" in str(_accepts(**{**meta, "lengths": meta["lengths"].long()}))
+    accepts = LIMITS.accepts
+    assert accepts(**meta) is None
+    for name in ("q", "k", "v"):
+        meta[name] = torch.empty(*meta[name].shape[:-1], 100, device="meta")
+    assert "multiples of 8" in str(accepts(**meta))
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    doubled = {name: meta[name].double() for name in ("q", "k", "v")}
+    assert "float64" in str(accepts(**{**meta, **doubled}))
+    assert "q's dtype" in str(accepts(**{**meta, "q": meta["q"].half()}))
+    assert "int32" in str(accepts(**{**meta, "lengths": meta["lengths"].long()}))
     odd = torch.empty(4, 1, 24, 128, device="meta")
-    assert "multiples of 16" in str(_accepts(**{**meta, "k_pages": odd, "v_pages": odd}))
+    assert "multiples of 16" in str(accepts(**{**meta, "k": odd, "v": odd}))

@@ -40,7 +40,9 @@ def test_examples(device: str, name: str, kernel: str) -> None:
             continue
         for inputs in op.inputs(device, dtype):
             accepts = op.kernels[kernel].accepts
-            assert accepts is None or accepts(**inputs) is None
+            if accepts is not None and accepts(**inputs) is not None:
+                assert name == "attention"  # whose kernels refuse features by name
+                continue
             mine = {key: copied(value) for key, value in inputs.items()}
             got, want = op.kernels[kernel].call(**mine), op.reference(**inputs)
             pairs = zip(got, want) if isinstance(got, tuple) else [(got, want)]

@@ -72,8 +72,8 @@ def paged(
         starts.append(starts[-1] + rows)
     return {
         "q": torch.randn(starts[-1], heads, head_dim).to(dtype).to(device),
-        "k_pages": pages[0].to(device),
-        "v_pages": pages[1].to(device),
+        "k": pages[0].to(device),
+        "v": pages[1].to(device),
         "block_tables": tables.to(device),
         "query_starts": torch.tensor(starts, dtype=torch.int32, device=device),
         "lengths": torch.tensor(visible, dtype=torch.int32, device=device),
@@ -86,8 +86,8 @@ def paged(
 def plain_attention(inputs: Mapping[str, Any], dtype: torch.dtype) -> torch.Tensor:
     """Attention with every operation in `dtype`; rows that see nothing give zeros."""
     q, window = inputs["q"].to(dtype), inputs["window"]
-    block = inputs["k_pages"].shape[2]
-    group = q.shape[1] // inputs["k_pages"].shape[1]
+    block = inputs["k"].shape[2]
+    group = q.shape[1] // inputs["k"].shape[1]
     out = torch.zeros_like(q)
     starts, lengths = inputs["query_starts"].tolist(), inputs["lengths"].tolist()
     for index, length in enumerate(lengths):
@@ -97,7 +97,7 @@ def plain_attention(inputs: Mapping[str, Any], dtype: torch.dtype) -> torch.Tens
         table = inputs["block_tables"][index, : -(-length // block)].long()
         keys, values = (
             inputs[name][table].transpose(0, 1).flatten(1, 2)[:, :length].to(dtype).repeat_interleave(group, 0)
-            for name in ("k_pages", "v_pages")
+            for name in ("k", "v")
         )
         row = torch.arange(length - (last - first), length, device=q.device)[:, None]
         column = torch.arange(length, device=q.device)[None, :]

@@ -13,15 +13,16 @@ Online softmax: Milakov and Gimelshein, 1805.02867; split keys: Dao et al., "Fla
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-from ridgeline.core.step import Spans
 from ridgeline.kernels.cpu.blocks import SEGMENT_KEYS
-from ridgeline.kernels.cpu.dtypes import HALF, other_dtype
+from ridgeline.kernels.cpu.dtypes import HALF
 from ridgeline.kernels.cpu.native import Kernel
 from ridgeline.kernels.cpu.pool import POOL, float_bits
 from ridgeline.ops.attention import attention
+from ridgeline.ops.attention_call import Call, Limits
 from ridgeline.ops.op import cpu
 
 QUERIES = 32
@@ -37,46 +38,38 @@ attention_tiles = Kernel("attention", "attention_tiles")
 merge_rows = Kernel("attention", "merge_rows")
 
 
-def accepts(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    lengths: torch.Tensor,
-    spans: Spans,
-    scale: float,
-    window: int | None = None,
-) -> str | None:
-    group, width = q.shape[1] // k_pages.shape[1], q.shape[2]
-    if width > 256 or group * width > 1 << 14:
-        return f"takes at most 256 a head and 16384 a group, not {width} and {group * width}"
-    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
-        return "takes contiguous pages"
-    for tensor in (block_tables, query_starts, lengths):
-        if tensor.dtype != torch.int32:
-            return f"takes tables, starts and lengths in int32, not {tensor.dtype}"
-    return other_dtype(q, k_pages, v_pages)
+def _more(call: Call) -> str | None:
+    if call.group * call.q.shape[2] > 1 << 14:
+        return f"q: cpu takes up to 16384 numbers a group of heads, not {call.group * call.q.shape[2]}"
+    if not (call.k.is_contiguous() and call.v.is_contiguous()):
+        return "k: cpu takes contiguous pages"
+    return None
 
 
-@attention.kernel("cpu", needs=cpu(), accepts=accepts)
-def attention_cpu(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    lengths: torch.Tensor,
-    spans: Spans,
-    scale: float,
-    window: int | None = None,
-) -> torch.Tensor:
+LIMITS = Limits(
+    "cpu",
+    cpu(),
+    dtypes=tuple(HALF),
+    head_dims=range(1, 257),
+    pages=range(1, 1 << 20),
+    features=frozenset({"paged", "window"}),
+    more=_more,
+)
+
+
+@attention.kernel("cpu", needs=LIMITS.need, accepts=LIMITS.accepts)
+def attention_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Arguments of the op. Raises InvalidArgument or KernelRefused, naming the argument."""
+    call = LIMITS.require(*args, **kwargs)
+    q, k, v, block_tables, query_starts, lengths = call[:6]
+    scale, window = call.scale, call.window
+    assert block_tables is not None
     if not q.is_contiguous():
         q = q.contiguous()
     if not block_tables.is_contiguous():
         block_tables = block_tables.contiguous()
     tokens, heads, width = q.shape
-    _, kv_heads, block, _ = k_pages.shape
+    _, kv_heads, block, _ = k.shape
     requests, blocks = block_tables.shape
     out = torch.empty_like(q)
     tile = max(1, QUERIES * kv_heads // heads)
@@ -92,7 +85,7 @@ def attention_cpu(
     partial = torch.empty(tokens * heads * segments * pitch) if split else None
     run = POOL.small if alone else POOL.share
     run(
-        attention_tiles, units * segments, q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(),
+        attention_tiles, units * segments, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
         block_tables.data_ptr(), query_starts.data_ptr(), lengths.data_ptr(), requests, blocks, heads, kv_heads,
         block, width, HALF[q.dtype], tile, window or 0, float_bits(scale / math.log(2)), segments,
         0 if partial is None else partial.data_ptr(),

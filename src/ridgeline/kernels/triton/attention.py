@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from ridgeline.core.step import Spans
 from ridgeline.kernels.triton.ragged import SCAN, sequence_of
 from ridgeline.ops.attention import attention
+from ridgeline.ops.attention_call import Limits
 from ridgeline.ops.op import cuda
 
 LOG2_E = 1.4426950408889634
@@ -515,34 +515,15 @@ def _merge_kernel(
         tl.store(target, result.to(out.dtype.element_ty), mask=lane < HEAD_DIM)
 
 
-def _accepts(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    lengths: torch.Tensor,
-    spans: Spans,
-    scale: float,
-    window: int | None = None,
-) -> str | None:
-    heads, head_dim = q.shape[1], q.shape[2]
-    kv_heads, page = k_pages.shape[1], k_pages.shape[2]
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes fp32, bf16 and fp16, not {q.dtype}"
-    if k_pages.dtype != q.dtype or v_pages.dtype != q.dtype:
-        return f"takes pages of q's dtype {q.dtype}, not {k_pages.dtype}"
-    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        return f"takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
-    if heads % kv_heads or heads // kv_heads > MAX_GROUP:
-        return f"takes up to {MAX_GROUP} whole heads a KV head, not {heads} over {kv_heads}"
-    if not block_tables.dtype == query_starts.dtype == lengths.dtype == torch.int32:
-        return "takes int32 block tables, query starts and lengths"
-    if page % 16 or page > 256:
-        return f"takes blocks that are multiples of 16 up to 256, not {page}"
-    if scale <= 0:
-        return f"takes a positive scale, not {scale}"
-    return None
+LIMITS = Limits(
+    "triton",
+    cuda(80),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    head_dims=range(8, MAX_HEAD_DIM + 1, 8),
+    pages=range(16, 257, 16),
+    group=MAX_GROUP,
+    features=frozenset({"paged", "window"}),
+)
 
 
 class Machine(NamedTuple):
@@ -592,32 +573,30 @@ def _raised(tile: Tile, rows: int) -> Tile:
     return tile._replace(rows=max(tile.rows, triton.next_power_of_2(rows)))
 
 
-@attention.kernel("triton", needs=cuda(80), accepts=_accepts)
-def attention_triton(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    lengths: torch.Tensor,
-    spans: Spans,
-    scale: float,
-    window: int | None = None,
-) -> torch.Tensor:
+@attention.kernel("triton", needs=LIMITS.need, accepts=LIMITS.accepts)
+def attention_triton(*args: Any, **kwargs: Any) -> torch.Tensor:
     """One to three launches, whose grids and workspace follow from shapes alone; `spans` is not looked at.
 
     The workspace (fp32 partial results) is taken from torch's allocator on every call, so that a captured
     graph owns it: (PROGRAMS_PER_SM * SMs / Hk + B) * Hk * tile rows * (D + 1) floats.
     """
+    call = LIMITS.require(*args, **kwargs)
+    q, k_pages, v_pages, block_tables, scale, window = (
+        call.q,
+        call.k,
+        call.v,
+        call.block_tables,
+        call.scale,
+        call.window,
+    )
+    query_starts, lengths = call.query_starts, call.lengths
+    assert block_tables is not None
     tokens, heads, head_dim = q.shape
     kv_heads, page = k_pages.shape[1], k_pages.shape[2]
     requests, group = lengths.shape[0], heads // kv_heads
     out = torch.empty(tokens, heads, head_dim, device=q.device, dtype=q.dtype)
     if not tokens or not requests:
         return out
-    assert q.stride(2) == k_pages.stride(3) == 1
-    assert k_pages.stride() == v_pages.stride()
-    assert block_tables.stride(1) == query_starts.stride(0) == lengths.stride(0) == 1
     machine = _machine(q.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     kind = (q.element_size(), max(64, block_d))
