@@ -12,10 +12,6 @@ from ridgeline.perf.hardware import find, known
 from ridgeline.perf.roofline import Roofline
 
 ASKED = [
-    *("a10", "a100-40", "a100-80", "h100-sxm", "h100-pcie", "h200"),
-    *("b200", "l4", "l40s", "rtx4090", "rtx5090", "mi300x"),
-]
-    "a10",
     "a100-40",
     "a100-80",
     "h100-sxm",
