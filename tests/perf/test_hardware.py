@@ -12,6 +12,7 @@ from ridgeline.perf.hardware import find, known
 from ridgeline.perf.roofline import Roofline
 
 ASKED = [
+    "a10",
     "a100-40",
     "a100-80",
     "h100-sxm",
