@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class Call(NamedTuple):
     @property
     def features(self) -> frozenset[str]:
         """What the call asks for, of FEATURES."""
-        asked = (
+        return _features(
             self.block_tables is not None,
             self.key_starts is not None,
             not self.causal,
@@ -75,7 +76,11 @@ class Call(NamedTuple):
             self.tree is not None,
             self.return_lse,
         )
-        return frozenset(name for name, one in zip(FEATURES, asked) if one)
+
+
+@cache
+def _features(*asked: bool) -> frozenset[str]:
+    return frozenset(name for name, one in zip(FEATURES, asked) if one)
 
 
 def mistake(call: Call) -> tuple[str, str] | None:
@@ -104,6 +109,8 @@ def mistake(call: Call) -> tuple[str, str] | None:
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             return name, f"must be of q's dtype {q.dtype}, not {tensor.dtype}"
+        if tensor.device != q.device:
+            return name, f"must be on q's device {q.device}, not {tensor.device}"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(-1) != 1 and head_dim > 1:
             return name, f"must have neighbouring elements in its last dimension, not a stride of {tensor.stride(-1)}"
@@ -118,9 +125,6 @@ def mistake(call: Call) -> tuple[str, str] | None:
     )
     if wrong is not None:
         return wrong
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.device != q.device:
-            return name, f"must be on q's device {q.device}, not {tensor.device}"
     if not (call.scale > 0 and math.isfinite(call.scale)):
         return "scale", f"must be a positive number, not {call.scale}"
     if call.window is not None:
@@ -235,9 +239,10 @@ class Limits:
     def beyond(self, call: Call) -> str | None:
         """The first limit that a call, right in itself, is beyond; None if the kernel takes it."""
         q = call.q
-        for feature in FEATURES:
-            if feature in call.features and feature not in self.features:
-                return f"{FEATURES[feature]}: {self.name} does not do {feature} attention, only {self._does()}"
+        missing = call.features - self.features
+        if missing:
+            feature = next(name for name in FEATURES if name in missing)
+            return f"{FEATURES[feature]}: {self.name} does not do {feature} attention, only {self._does()}"
         if q.dtype not in self.dtypes:
             return f"q: {self.name} takes {_dtypes(self.dtypes)}, not {str(q.dtype).removeprefix('torch.')}"
         if q.shape[2] not in self.head_dims:
