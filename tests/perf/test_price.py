@@ -63,6 +63,15 @@ def test_step_is_the_sum_of_its_ops(kind: str, pairs: list[tuple[int, int]], gre
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(pairs=requests)
+def test_attention_alone_is_its_part_of_the_step(kind: str, pairs: list[tuple[int, int]]) -> None:
+    spans = spans_of(pairs)
+    fresh = price(kind).meter(spans, len(pairs)).by_op()["attention"]
+    assert numbers(price(kind).attention(spans)) == pytest.approx(numbers(fresh), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(pairs=requests, one=request)
 def test_more_requests_cost_more(kind: str, pairs: list[tuple[int, int]], one: tuple[int, int]) -> None:

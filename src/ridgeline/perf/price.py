@@ -65,11 +65,13 @@ class Price:
 
     def attention(self, spans: Spans) -> Cost:
         """Attention's part of a step; the rest depends on the numbers of tokens and rows alone."""
-        return self._attention(self._dense(sum(spans.new), 1, True), spans, ZERO)
+        return self._attention(self._dense(1, 1, True), spans, ZERO)
 
     def _attention(self, dense: _Dense, spans: Spans, total: Cost) -> Cost:
+        tokens = sum(spans.new)
         for times, call in dense.attention:
-            total += attention.floor(**{**call, "spans": spans}) * times
+            q = call["q"].new_empty(tokens, *call["q"].shape[1:])
+            total += attention.floor(**{**call, "q": q, "spans": spans}) * times
         return total
 
     def meter(self, spans: Spans, rows: int, greedy: bool = True) -> Meter:
