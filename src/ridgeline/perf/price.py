@@ -67,12 +67,21 @@ class Price:
         """Attention's part of a step; the rest depends on the numbers of tokens and rows alone."""
         return self._attention(self._dense(1, 1, True), spans, ZERO)
 
+    def calls(self, spans: Spans) -> list[tuple[int, Cost]]:
+        """Attention's distinct calls (windowed layers, full ones): how often each is made, and its cost."""
+        return self._calls(self._dense(1, 1, True), spans)
+
     def _attention(self, dense: _Dense, spans: Spans, total: Cost) -> Cost:
-        tokens = sum(spans.new)
+        for times, cost in self._calls(dense, spans):
+            total += cost * times
+        return total
+
+    def _calls(self, dense: _Dense, spans: Spans) -> list[tuple[int, Cost]]:
+        tokens, result = sum(spans.new), []
         for times, call in dense.attention:
             q = call["q"].new_empty(tokens, *call["q"].shape[1:])
-            total += attention.floor(**{**call, "q": q, "spans": spans}) * times
-        return total
+            result.append((times, attention.floor(**{**call, "q": q, "spans": spans})))
+        return result
 
     def meter(self, spans: Spans, rows: int, greedy: bool = True) -> Meter:
         """The same, op by op: a fresh run of the forward pass under a Meter."""

@@ -1,0 +1,122 @@
+"""A workload on the real scheduler and the real KV cache, with steps that take their predicted time.
+
+Knows workloads and an engine without a device. It must not know how seconds are predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ridgeline.core.errors import InvalidArgument
+from ridgeline.core.step import Spans, StepPlan, StepRecord
+from ridgeline.engine.virtual import Setting, build_virtual
+from ridgeline.workload.arrivals import Job, poisson
+from ridgeline.workload.drive import drive
+from ridgeline.workload.measure import Report, Served, report
+
+Seconds = Callable[[Spans, int], float]
+"""Time of a step from its spans and the number of sampled rows."""
+
+
+@dataclass
+class Simulation:
+    """What came of it: requests as served, figures, and the record of every step (virtual seconds)."""
+
+    served: list[Served]
+    report: Report
+    steps: list[StepRecord] = field(default_factory=list)
+
+
+def seconds_of(seconds: Seconds) -> Callable[[StepPlan], float]:
+    """A plan's time from its spans."""
+
+    def of(plan: StepPlan) -> float:
+        spans = Spans(tuple(chunk.new for chunk in plan.chunks), tuple(chunk.visible for chunk in plan.chunks))
+        return seconds(spans, sum(chunk.sampling is not None for chunk in plan.chunks))
+
+    return of
+
+
+def simulate(
+    jobs: Sequence[Job],
+    setting: Setting,
+    seconds: Seconds,
+    host_s: Callable[[StepPlan], float] = lambda plan: 0.0,
+    objectives: Mapping[str, float] | None = None,
+    concurrency: int | None = None,
+    keep_steps: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Simulation:
+    """Serve `jobs` in virtual time. Jobs longer than max_model_len fail, as they would in the engine."""
+    engine = build_virtual(setting, seconds_of(seconds), host_s)
+    steps: list[StepRecord] = []
+    if keep_steps:
+        engine.listeners.append(steps.append)
+    served = drive(engine, jobs, setting.vocabulary, concurrency=concurrency, progress=progress)
+    return Simulation(served, report(served, objectives), steps)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The highest request rate at which `share` of requests meet every objective; 0 if none does.
+
+    tried: (rate, share that met) in the order of the search. best: figures at that rate, or, where no rate
+    meets them, at the lowest one tried: the best that can be reached.
+    """
+
+    rate_per_s: float
+    share: float
+    tried: tuple[tuple[float, float], ...]
+    best: Report
+
+
+def capacity(
+    jobs: Sequence[Job],
+    setting: Setting,
+    seconds: Seconds,
+    objectives: Mapping[str, float],
+    share: float = 0.99,
+    host_s: Callable[[StepPlan], float] = lambda plan: 0.0,
+    precision: float = 0.02,
+    seed: int = 0,
+) -> Capacity:
+    """Bisect the Poisson rate. InvalidArgument, with the best reachable, if not even one request alone meets it."""
+    tried: list[tuple[float, float]] = []
+
+    def run(rate: float) -> tuple[float, Report]:
+        found = simulate(poisson(jobs, rate, seed), setting, seconds, host_s, objectives).report
+        met = found.met / max(found.requests, 1)
+        tried.append((rate, met))
+        return met, found
+
+    alone = simulate(jobs[:1], setting, seconds, host_s, objectives).report
+    assert alone.e2e is not None
+    low = 0.02 / alone.e2e.mean
+    met, best = run(low)
+    if met < share:
+        reached = ", ".join(
+            f"{name} {spread.p99 * 1e3:.3g} ms"
+            for name, spread in (("ttft", best.ttft), ("tpot", best.tpot), ("e2e", best.e2e))
+            if name in objectives and spread is not None
+        )
+        raise InvalidArgument(
+            "slo", f"no load meets it: the best reachable (99th percentile, almost alone) is {reached}"
+        )
+    high = low
+    while True:
+        high *= 2
+        met, found = run(high)
+        if met < share:
+            break
+        low, best = high, found
+        if found.seconds and high > 4 * found.request_rate:  # arrivals no longer limit anything
+            return Capacity(found.request_rate, share, tuple(tried), best)
+    while high / low > 1 + precision:
+        middle = (low * high) ** 0.5
+        met, found = run(middle)
+        if met >= share:
+            low, best = middle, found
+        else:
+            high = middle
+    return Capacity(low, share, tuple(tried), best)
