@@ -357,3 +357,12 @@ def test_the_table_of_kernels(tiny: Path) -> None:
     assert {row["work"] for row in rows} == {"decode", "prefill", "mixed"}
     assert {"embed", "norm", "linear", "attention", "sample"} <= {row["op"] for row in rows}
     assert "kernels: must be one of" in refusal("kernels", "--model", tiny, "--kernels", "best")
+
+
+def test_the_rung_of_attention(tiny: Path) -> None:
+    done = ridgeline("kernels", "--model", tiny, "--attention-backend", "reference", "--json")
+    served = {row["op"]: row["kernel"] for row in json.loads(done.stdout)["kernels"]}
+    assert served["attention"] == "reference"
+    assert served["norm"] == "cpu"
+    assert "attention_backend: must be auto" in refusal("kernels", "--model", tiny, "--attention-backend", "best")
+    assert "attention has no kernel triton here" in refusal("kernels", "--model", tiny, "--attention-backend", "triton")

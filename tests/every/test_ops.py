@@ -19,7 +19,7 @@ from ridgeline.core.cost import Cost
 from ridgeline.core.step import Spans
 from ridgeline.kernels.select import load_kernels
 from ridgeline.ops import REGISTRY, Op, Ops, Weight
-from ridgeline.ops.op import Kernel, Tolerance
+from ridgeline.ops.op import Kernel, Need, Tolerance
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAY_OVERWRITE = {("norm", "residual"), ("layer_norm", "residual")}
@@ -150,22 +150,23 @@ def test_only_the_outermost_op_is_seen(op: Op) -> None:
 
 
 def here() -> list[tuple[Op, Kernel]]:
-    """Every kernel that this machine can run."""
+    """Every kernel that this machine can run, on each device where it can."""
     devices = {"cpu": 0}
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         devices["cuda"] = 10 * major + minor
     return [
-        (op, kernel)
+        (op, replace(kernel, need=Need(device, kernel.need.capability)))
         for op in REGISTRY.values()
         for kernel in op.kernels.values()
-        if kernel.need.device in devices and kernel.need.refuse(kernel.need.device, devices[kernel.need.device]) is None
+        for device, capability in devices.items()
+        if kernel.need.refuse(device, capability) is None
     ]
 
 
 def name_of(pair: tuple[Op, Kernel]) -> str:
     op, kernel = pair
-    return f"{op.name}-{kernel.name}"
+    return f"{op.name}-{kernel.name}-{kernel.need.device}"
 
 
 KERNELS = [

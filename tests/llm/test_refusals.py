@@ -180,6 +180,7 @@ BAD_SETTINGS: dict[str, Any] = {
     "scheduling_policy": "lifo",
     "load_format": "pickle",
     "kernels": "fastest",
+    "attention_backend": "decode,FLASH_ATTN",
     "seed": "abc",
     "max_logprobs": -1,
     "speculative_config": {"method": "none"},

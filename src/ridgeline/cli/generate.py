@@ -62,6 +62,7 @@ def command(
     scheduling_policy: options.SchedulingPolicy = "fcfs",
     load_format: options.LoadFormat = "auto",
     kernels: options.Kernels = "auto",
+    attention_backend: options.AttentionBackend = "auto",
     verbose: options.Verbose = False,
     as_json: options.Json = False,
 ) -> None:
@@ -107,6 +108,7 @@ def command(
         scheduling_policy=scheduling_policy,
         load_format=load_format,
         kernels=kernels,
+        attention_backend=attention_backend,
     )
     with LLM(model, **settings) as llm:
         if verbose and not as_json:

@@ -19,13 +19,16 @@ def command(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     kernels: options.Kernels = "auto",
+    attention_backend: options.AttentionBackend = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Print the choice of kernels for a model: op, class of work, chosen and why, refused and why not."""
     from ridgeline.core.config import EngineConfig
     from ridgeline.engine.build import choose_kernels
 
-    table = choose_kernels(EngineConfig(model=model, dtype=dtype, device=device, kernels=kernels))
+    table = choose_kernels(
+        EngineConfig(model=model, dtype=dtype, device=device, kernels=kernels, attention_backend=attention_backend)
+    )
     if as_json:
         rows = [
             {"op": r.op, "work": r.work, "kernel": r.kernel, "reason": r.reason, "refused": dict(r.refused)}

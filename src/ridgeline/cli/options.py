@@ -29,7 +29,10 @@ ChunkedPrefill = Annotated[
 ]
 SchedulingPolicy = Annotated[str, typer.Option(help="fcfs, priority or static.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, safetensors or dummy (random weights).")]
-Kernels = Annotated[str, typer.Option(help="Family of kernels: auto, reference, torch, triton or cpu.")]
+Kernels = Annotated[str, typer.Option(help="Family of kernels: auto, reference, torch, triton, cuda or cpu.")]
+AttentionBackend = Annotated[
+    str, typer.Option(help="Kernel of attention: auto, standard, v1, v2, sm90, decode, triton, cpu, fused or blocked.")
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print every setting with its reason, and where the memory goes.")
 ]

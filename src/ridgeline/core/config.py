@@ -25,7 +25,8 @@ DTYPES = {
     "bf16": "bfloat16",
 }
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-KERNELS = ("auto", "reference", "torch", "triton", "cpu")
+KERNELS = ("auto", "reference", "torch", "triton", "cuda", "cpu")
+ATTENTION = ("standard", "v1", "v2", "sm90", "decode", "triton", "cpu", "fused", "blocked", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class EngineConfig:
     enforce_eager: no CUDA graphs (nothing captures any yet).
     seed: of requests without one (None: drawn from the system).
     kernels: which family of kernels serves ("auto": the best that accepts).
+    attention_backend: which kernel of attention serves, whatever `kernels` says: a rung of docs/attention.md,
+        or several with commas between, of which each class of work takes the first that accepts.
     batch_invariant: insist that a row never depends on its neighbours, to the bit. The CPU kernels give that
         anyway; where it cannot be had (GPUs, reference kernels) it is refused.
     max_logprobs: most alternatives that a request may ask for.
@@ -70,6 +73,7 @@ class EngineConfig:
     enforce_eager: bool = False
     seed: int | None = None
     kernels: str = "auto"
+    attention_backend: str = "auto"
     batch_invariant: bool = False
     max_logprobs: int = 20
     speculative_config: Mapping[str, Any] | None = None
@@ -79,6 +83,13 @@ class EngineConfig:
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
         _choice("load_format", self.load_format, LOAD_FORMATS)
         _choice("kernels", self.kernels, KERNELS)
+        if self.attention_backend != "auto":
+            for name in str(self.attention_backend).split(","):
+                if name not in ATTENTION:
+                    raise InvalidArgument(
+                        "attention_backend",
+                        f"must be auto, or of {', '.join(ATTENTION)} (commas between several), not {name!r}",
+                    )
         device = self.device if isinstance(self.device, str) else str(self.device)
         kind, _, index = device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
@@ -118,6 +129,11 @@ class EngineConfig:
             raise InvalidArgument("enable_prefix_caching", "there is no prefix to share with kv_cache=False")
         if self.speculative_config is not None:
             raise InvalidArgument("speculative_config", "speculation is not available in this version; leave it None")
+
+    @property
+    def rungs(self) -> dict[str, tuple[str, ...]]:
+        """Kernels that were asked for by name: op -> names, best first."""
+        return {} if self.attention_backend == "auto" else {"attention": tuple(self.attention_backend.split(","))}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:

@@ -190,7 +190,12 @@ def _price_and_table(config: EngineConfig, spec: ModelSpec, resolved: Resolved) 
     if _packs(config, resolved):
         pack(shadow.store)
     price = Price(shadow, resolved.block_size, dtype)
-    table = select(torch.device(resolved.device), lambda work, ops: _trace(price, work, resolved, ops), config.kernels)
+    table = select(
+        torch.device(resolved.device),
+        lambda work, ops: _trace(price, work, resolved, ops),
+        config.kernels,
+        config.rungs,
+    )
     return price, table
 
 
@@ -213,11 +218,13 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
     dtype = config.dtype
     if dtype == "auto":
         dtype, reasons["dtype"] = _auto_dtype(spec, kind)
-    if config.batch_invariant and (kind != "cpu" or config.kernels not in ("auto", "cpu") or dtype == "float16"):
+    own = config.kernels in ("auto", "cpu") and config.attention_backend in ("auto", "cpu")
+    if config.batch_invariant and (kind != "cpu" or not own or dtype == "float16"):
         raise InvalidArgument(
             "batch_invariant",
-            f"is not available with kernels={config.kernels!r} on {device} in {dtype}: only the CPU "
-            "kernels, in float32 and bfloat16, keep a row from depending on its neighbours",
+            f"is not available with kernels={config.kernels!r} and attention_backend={config.attention_backend!r} "
+            f"on {device} in {dtype}: only the CPU kernels, in float32 and bfloat16, keep a row "
+            "from depending on its neighbours",
         )
     longest = spec.max_positions
     if spec.rope is not None and spec.rope.kind in ("linear", "dynamic", "yarn"):

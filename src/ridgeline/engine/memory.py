@@ -63,7 +63,7 @@ def reference_bytes(table: Table, spec: ModelSpec, tokens: int, rows: int, lengt
     tokens: new tokens of one request; rows: sampled at once; length: keys that a query may see.
     """
     most = 0
-    served = {row.op for row in table.rows if row.kernel == "reference"}
+    served = {row.op for row in table.rows if row.kernel in ("reference", "standard")}
     if "sample" in served:
         most = rows * spec.vocabulary * REFERENCE_SAMPLE_BYTES
     if "attention" in served:

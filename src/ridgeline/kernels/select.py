@@ -4,17 +4,18 @@ For every class of work the model's forward pass is run on meta tensors; each op
 shown to each registered kernel's `accepts`. The best kernel that accepts every call serves. Knows
 kernels' names and order. It must not know models: the caller hands in a function that runs the forward.
 
-Order: reference < torch < triton < cuda on GPUs; reference < cpu on CPUs. On a GPU the reference is
-never taken silently.
+Order of families: reference < torch < triton < cuda on GPUs; reference < cpu on CPUs. On a GPU the
+reference is never taken silently. An op may have several kernels of a family, each best at one class of
+work: rungs of a ladder. Any rung can be asked for by its name, those that are there to teach only so.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +24,19 @@ from ridgeline.ops import REGISTRY, Op, Ops
 from ridgeline.ops.op import Kernel
 
 ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "torch"), "meta": ()}
-FOLDERS = {"cpu": ("cpu",), "cuda": ("torch", "triton"), "meta": ()}
+FOLDERS = {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda"), "meta": ()}
 CLASSES_OF_WORK = ("decode", "prefill", "mixed")
+RUNGS: Mapping[tuple[str, str], Mapping[str, tuple[str, ...]]] = {
+    ("attention", "cuda"): {
+        "decode": ("decode", "sm90", "v2"),
+        "prefill": ("sm90", "v2"),
+        "mixed": ("sm90", "v2", "decode"),
+        "tree": ("decode", "sm90", "v2"),
+    },
+}
+"""(op, family) -> for each class of work, kernels of that family, best first. Elsewhere a family is one kernel
+that bears its name. "tree" (verifying draft trees) is a class of work once a step may hold one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +84,24 @@ def load_kernels(device: str) -> None:
             importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-def select(device: torch.device, trace: Callable[[str, Ops], None], wanted: str = "auto") -> Table:
+def select(
+    device: torch.device,
+    trace: Callable[[str, Ops], None],
+    wanted: str = "auto",
+    rungs: Mapping[str, Sequence[str]] | None = None,
+    works: Sequence[str] = CLASSES_OF_WORK,
+) -> Table:
     """Choose kernels for a device.
 
     trace(work, ops) runs the forward pass and the sampling of a step of that class of work on meta
     tensors. wanted: "auto", or a family of kernels to be used wherever it exists ("reference" included).
-    Raises KernelRefused if `wanted` was named and refuses a call, or if a GPU is left with a reference.
+    rungs: op -> kernels by name, of which the first that accepts serves, whatever `wanted` says.
+    Raises KernelRefused if what was named refuses a call or is not there, or if a GPU is left with a reference.
     """
-    if wanted != "reference":
+    rungs = rungs or {}
+    if wanted not in ("auto", "reference", *ORDER[device.type]):
+        raise KernelRefused(f"kernels={wanted!r} serve no {device.type} device; here are {_listed(ORDER[device.type])}")
+    if wanted != "reference" or rungs:
         load_kernels(device.type)
     capability = 0
     if device.type == "cuda":
@@ -87,17 +109,50 @@ def select(device: torch.device, trace: Callable[[str, Ops], None], wanted: str 
         capability = 10 * major + minor
     rows: list[Choice] = []
     by_work: dict[str, Ops] = {}
-    for work in CLASSES_OF_WORK:
+    for work in works:
         calls = _Calls()
         trace(work, Ops({}, calls))
         kernels: dict[str, Callable[..., Any]] = {}
         for name, seen in calls.calls.items():
-            choice, kernel = _choose(REGISTRY[name], seen, work, device.type, capability, wanted)
+            wish = _wish(REGISTRY[name], work, device.type, wanted, tuple(rungs.get(name, ())))
+            choice, kernel = _choose(REGISTRY[name], seen, work, device.type, capability, wish)
             rows.append(choice)
             if kernel is not None:
                 kernels[name] = kernel.call
         by_work[work] = Ops(kernels)
     return Table(tuple(rows), by_work)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+class _Wish(NamedTuple):
+    """Kernels to be tried, best first, and who asked for them (None: nobody)."""
+
+    names: tuple[str, ...]
+    asked: str | None
+
+
+def _wish(op: Op, work: str, device: str, wanted: str, rungs: tuple[str, ...]) -> _Wish:
+    if rungs:
+        for name in rungs:
+            if name != "reference" and name not in op.kernels:
+                raise KernelRefused(
+                    f"{op.name} has no kernel {name} here; there are {_listed((*op.kernels, 'reference'))}"
+                )
+        return _Wish(rungs, _listed(rungs))
+    if wanted == "reference":
+        return _Wish(("reference",), wanted)
+    family = [name for name in _family(op, wanted, work) if name in op.kernels]
+    if wanted != "auto" and family:
+        return _Wish(tuple(family), wanted)
+    every = [name for one in ORDER[device] for name in _family(op, one, work) if name in op.kernels]
+    return _Wish(tuple(every), None)
+
+
+def _family(op: Op, family: str, work: str) -> tuple[str, ...]:
+    return RUNGS.get((op.name, family), {}).get(work, (family,))
 
 
 def _choose(
@@ -106,25 +161,22 @@ def _choose(
     work: str,
     device: str,
     capability: int,
-    wanted: str,
+    wish: _Wish,
 ) -> tuple[Choice, Kernel | None]:
     refused: dict[str, str] = {}
-    if wanted == "reference":
-        return Choice(op.name, work, "reference", "asked for"), None
-    names = [name for name in ORDER[device] if name in op.kernels]
-    if wanted != "auto" and wanted in op.kernels:
-        names = [wanted]
-    for name in names:
+    why = "the best that accepts" if wish.asked is None else "asked for"
+    for name in wish.names:
+        if name == "reference":
+            return Choice(op.name, work, name, why, refused), None
         kernel = op.kernels[name]
         reason = kernel.need.refuse(device, capability) or _refusal(kernel, calls)
         if reason is None:
-            why = "asked for" if name == wanted else "the best that accepts"
             return Choice(op.name, work, name, why, refused), kernel
         refused[name] = reason
-    if refused and wanted in refused:
-        raise KernelRefused(f"kernel {wanted} for {op.name} ({work}) was asked for and refuses: {refused[wanted]}")
+    listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "none is registered"
+    if wish.asked is not None:
+        raise KernelRefused(f"{wish.asked} for {op.name} ({work}) was asked for and refuses: {listed}")
     if device == "cuda":
-        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "none is registered"
         raise KernelRefused(
             f"no kernel serves {op.name} ({work}) on this GPU ({listed}); kernels='reference' runs plain torch"
         )
