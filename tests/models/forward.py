@@ -44,11 +44,19 @@ def sequence_logits(runner: Runner, tokens: Sequence[Sequence[int]], chunk: int 
     assert sum(needed) <= len(order), "the pool is too small for these sequences"
     tables = [[order.pop() for _ in range(count)] for count in needed]
     parts: list[list[torch.Tensor]] = [[] for _ in tokens]
-    width = chunk or max(map(len, tokens))
-    for first in range(0, max(map(len, tokens)), width):
-        live = [index for index, one in enumerate(tokens) if len(one) > first]
-        spans = [(first, min(first + width, len(tokens[index]))) for index in live]
+    for step in steps_of(list(map(len, tokens)), chunk):
+        live = [index for index, _, _ in step]
+        spans = [(first, last) for _, first, last in step]
         out = step_logits(runner, [tokens[i] for i in live], [tables[i] for i in live], spans)
         for index, logits in zip(live, out):
             parts[index].append(logits)
     return [torch.cat(one) for one in parts]
+
+
+def steps_of(lengths: Sequence[int], chunk: int | None = None) -> list[list[tuple[int, int, int]]]:
+    """The steps of `sequence_logits`: (sequence, first, last) of the new tokens, in the rows' order."""
+    width = chunk or max(lengths)
+    return [
+        [(index, first, min(first + width, length)) for index, length in enumerate(lengths) if length > first]
+        for first in range(0, max(lengths), width)
+    ]
