@@ -12,11 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ridgeline.cli import options
+from ridgeline.cli import options, workload
 from ridgeline.cli.figures import count, milliseconds, size
 
 if TYPE_CHECKING:
-    from ridgeline.study.plan import Plan
+    from pathlib import Path
+
+    from ridgeline.perf.hardware import Hardware as Machine
+    from ridgeline.study.plan import Plan, Planner
 
 Hardware = Annotated[
     list[str] | None,
@@ -33,6 +36,10 @@ def command(
     batch: Annotated[str, typer.Option(help="Requests at once, or a range such as 1..512 (powers of two).")] = "1",
     gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
     price_per_hour: Annotated[float | None, typer.Option(help="US dollars an hour, instead of the table's.")] = None,
+    slo: workload.Slo = None,
+    trace: workload.Trace = None,
+    num_prompts: workload.NumPrompts = None,
+    length_scale: workload.LengthScale = 1.0,
     as_json: options.Json = False,
 ) -> None:
     """Memory, capacity, FLOP/byte against the ridge, TTFT, TPOT, E2E: the floor, and the rule of thumb beside it."""
@@ -45,6 +52,9 @@ def command(
     ]
     asked = batches(batch)
     planned = planner(model, dtype)
+    if slo is not None:
+        _capacities(planned, found, slo, trace, num_prompts, length_scale, prompt_len, output_len, as_json)
+        return
     if len(asked) > 1:
         sweeps = [planned.sweep(one, prompt_len, output_len, asked) for one in found]
         if as_json:
@@ -64,6 +74,41 @@ def command(
     console.print(summary(plans))
     for plan in plans:
         console.print(operators(plan))
+
+
+def _capacities(
+    planned: Planner,
+    found: list[Machine],
+    slo: str,
+    trace: Path | None,
+    num_prompts: int | None,
+    length_scale: float,
+    prompt_len: int,
+    output_len: int,
+    as_json: bool,
+) -> None:
+    """The highest rate within the objectives on each machine, by simulation."""
+    from ridgeline.cli.progress import bar
+    from ridgeline.study.simulate import capacity, setting_for
+    from ridgeline.workload.measure import objectives_named
+
+    objectives = objectives_named(slo)
+    jobs = workload.jobs_of(
+        trace, num_prompts, prompt_len, output_len, length_scale, None, 1.0, 0, planned.spec.max_positions
+    )
+    longest = min(max(job.prompt_tokens + job.output_tokens for job in jobs), planned.spec.max_positions)
+    results = []
+    for machine in found:
+        setting = setting_for(planned, machine, max_model_len=longest)
+        with bar(f"searching on {machine.name}", shown=not as_json, unit="run") as progress:
+            results.append(capacity(jobs, setting, planned.seconds(machine), objectives, progress=progress))
+    if as_json:
+        rows = [{"hardware": m.id, **one.as_dict()} for m, one in zip(found, results)]
+        print(json.dumps({"model": planned.name, "dtype": planned.dtype, "steps": "floor", "capacities": rows}))
+        return
+    for machine, one in zip(found, results):
+        title = f"{planned.name} on {machine.name}: {one.rate_per_s:.2f} requests/s within {slo} (steps at their floor)"
+        Console().print(workload.report_table(one.best, title))
 
 
 def summary(plans: list[Plan]) -> Table:

@@ -24,6 +24,7 @@ from ridgeline.ops import Ops
 from ridgeline.perf.hardware import THIS, Hardware, find, known
 from ridgeline.perf.limit import matrix_rate, measure_limit
 from ridgeline.perf.meter import Meter
+from ridgeline.perf.predict import StepSeconds
 from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
 
@@ -290,6 +291,18 @@ class Planner:
     @property
     def weight_bytes(self) -> int:
         return self.model.store.nbytes
+
+    def seconds(self, hardware: Hardware) -> StepSeconds:
+        """Floors of steps on a machine, for a simulation."""
+        roofline = Roofline.of(hardware, self.dtype)
+        return StepSeconds(self.price, lambda name, kind, cost: roofline.seconds(cost, kind))
+
+    def capacity_tokens(self, hardware: Hardware, utilization: float, tokens: int, rows: int) -> int:
+        """Tokens of KV cache beside weights and the activations of a step of `tokens` tokens; 0 if none fit."""
+        length = min(tokens, self.spec.max_positions)
+        activations = self.activation_bytes(tokens, length, rows) + LIBRARY_BYTES
+        room = hardware.memory_bytes * utilization - self.weight_bytes - activations
+        return self.layout.blocks_within(max(int(room), 0)) * BLOCK_SIZE
 
     def phase(self, roofline: Roofline, new: int, visible: int, batch: int) -> Phase:
         """One step of `batch` equal requests, each with `new` tokens of which the last sees `visible` keys."""

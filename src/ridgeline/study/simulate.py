@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from ridgeline.core.errors import InvalidArgument
+from ridgeline.core.errors import DoesNotFit, InvalidArgument
 from ridgeline.core.step import Spans, StepPlan, StepRecord
 from ridgeline.engine.virtual import Setting, build_virtual
+from ridgeline.perf.hardware import Hardware
+from ridgeline.study.plan import BLOCK_SIZE, CHUNK_TOKENS, Planner
 from ridgeline.workload.arrivals import Job, poisson
 from ridgeline.workload.drive import drive
 from ridgeline.workload.measure import Report, Served, report
+
+TYPICAL_RUNS = 20
+"""Simulations that a search for capacity takes, about: for a progress bar."""
 
 Seconds = Callable[[Spans, int], float]
 """Time of a step from its spans and the number of sampled rows."""
@@ -26,6 +32,39 @@ class Simulation:
     served: list[Served]
     report: Report
     steps: list[StepRecord] = field(default_factory=list)
+
+
+def setting_for(
+    planner: Planner,
+    hardware: Hardware,
+    utilization: float = 0.9,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int | None = None,
+    scheduling_policy: str = "fcfs",
+    enable_chunked_prefill: bool = True,
+) -> Setting:
+    """The engine that this model would have on this machine. DoesNotFit if one request of full length does not."""
+    length = max_model_len or planner.spec.max_positions
+    tokens = max_num_batched_tokens or max(CHUNK_TOKENS, max_num_seqs)
+    if not enable_chunked_prefill and max_num_batched_tokens is None:
+        tokens = max(tokens, length)
+    capacity_tokens = planner.capacity_tokens(hardware, utilization, tokens, min(max_num_seqs, tokens))
+    if capacity_tokens < length:
+        raise DoesNotFit(
+            f"{planner.name} in {planner.dtype} leaves room for {capacity_tokens:,} tokens of KV cache on "
+            f"{hardware.name}, less than one request of max_model_len {length:,}: lower max_model_len"
+        )
+    return Setting(
+        num_blocks=capacity_tokens // BLOCK_SIZE,
+        block_size=BLOCK_SIZE,
+        max_model_len=length,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=tokens,
+        enable_chunked_prefill=enable_chunked_prefill,
+        scheduling_policy=scheduling_policy,
+        vocabulary=planner.spec.vocabulary,
+    )
 
 
 def seconds_of(seconds: Seconds) -> Callable[[StepPlan], float]:
@@ -70,6 +109,10 @@ class Capacity:
     tried: tuple[tuple[float, float], ...]
     best: Report
 
+    def as_dict(self) -> dict[str, Any]:
+        tried = [{"rate_per_s": rate, "share": met} for rate, met in self.tried]
+        return {"rate_per_s": self.rate_per_s, "share": self.share, "tried": tried, "best": self.best.as_dict()}
+
 
 def capacity(
     jobs: Sequence[Job],
@@ -80,6 +123,7 @@ def capacity(
     host_s: Callable[[StepPlan], float] = lambda plan: 0.0,
     precision: float = 0.02,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Capacity:
     """Bisect the Poisson rate. InvalidArgument, with the best reachable, if not even one request alone meets it."""
     tried: list[tuple[float, float]] = []
@@ -88,6 +132,8 @@ def capacity(
         found = simulate(poisson(jobs, rate, seed), setting, seconds, host_s, objectives).report
         met = found.met / max(found.requests, 1)
         tried.append((rate, met))
+        if progress is not None:
+            progress(len(tried), TYPICAL_RUNS)
         return met, found
 
     alone = simulate(jobs[:1], setting, seconds, host_s, objectives).report

@@ -1,0 +1,76 @@
+"""`ridgeline simulate`: a workload on a machine that need not be there.
+
+Knows options and tables. It must not know how time passes (study/simulate.py).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ridgeline.cli import options, workload
+
+
+def command(
+    model: options.Model = None,
+    hardware: Annotated[str, typer.Option(help="a10, h200 … or this. Any case.")] = "this",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    trace: workload.Trace = None,
+    num_prompts: workload.NumPrompts = None,
+    prompt_len: workload.PromptLen = 512,
+    output_len: workload.OutputLen = 128,
+    length_scale: workload.LengthScale = 1.0,
+    request_rate: workload.RequestRate = None,
+    burstiness: workload.Burstiness = 1.0,
+    max_concurrency: workload.MaxConcurrency = None,
+    slo: workload.Slo = None,
+    max_num_seqs: options.MaxNumSeqs = 256,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    max_model_len: options.MaxModelLen = None,
+    scheduling_policy: options.SchedulingPolicy = "fcfs",
+    enable_chunked_prefill: options.ChunkedPrefill = True,
+    gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
+    seed: workload.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Serve a workload in virtual time, with the real scheduler and KV cache; steps take their floor's time."""
+    from ridgeline.cli.progress import bar
+    from ridgeline.study.plan import machines, planner
+    from ridgeline.study.simulate import setting_for, simulate
+    from ridgeline.workload.measure import objectives_named
+
+    objectives = objectives_named(slo) if slo else None
+    machine = machines([hardware])[0]
+    planned = planner(model, dtype)
+    setting = setting_for(
+        planned,
+        machine,
+        utilization=gpu_memory_utilization,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        scheduling_policy=scheduling_policy,
+        enable_chunked_prefill=enable_chunked_prefill,
+    )
+    jobs = workload.jobs_of(
+        trace, num_prompts, prompt_len, output_len, length_scale, request_rate, burstiness, seed, setting.max_model_len
+    )
+    with bar("simulating", shown=not as_json) as progress:
+        found = simulate(
+            jobs,
+            setting,
+            planned.seconds(machine),
+            objectives=objectives,
+            concurrency=max_concurrency,
+            progress=progress,
+        )
+    if as_json:
+        head = {"model": planned.name, "hardware": machine.id, "dtype": planned.dtype, "steps": "floor"}
+        print(json.dumps({**head, **found.report.as_dict()}))
+        return
+    where = f"{planned.name}, {planned.dtype}, on {machine.name}"
+    title = f"{where}: {len(jobs)} requests in virtual time (steps at their floor)"
+    Console().print(workload.report_table(found.report, title))
