@@ -134,14 +134,24 @@ def standard_attention(batch: int, heads: int, kv_heads: int, queries: int, n: i
 
     FLOPs a head: 2 d for each score, 3 for its softmax, 2 d for its value (the lecture's (4 d + 3) N^2).
     """
+    scores, softmax, values = standard_parts(batch, heads, kv_heads, queries, n, d, item, 3)
+    return scores + softmax + values
+
+
+def standard_parts(
+    batch: int, heads: int, kv_heads: int, queries: int, n: int, d: int, item: int, softmax_flops: int
+) -> tuple[Cost, Cost, Cost]:
+    """Algorithm 0's three kernels: S = Q K^T, P = softmax(S), O = P V. item: bytes of an element.
+
+    softmax_flops: FLOPs for an element of S (3 in the lecture; 6 in 2007.00072, whose softmax scales as well).
+    """
     scores = batch * heads * queries * n
     rows = batch * heads * queries * d * item
     keys = batch * kv_heads * n * d * item
-    return Cost(
-        flops=(4 * d + 3) * scores,
-        read_bytes=rows + 2 * keys + 2 * scores * item,
-        write_bytes=2 * scores * item + rows,
-        launches=3,
+    return (
+        Cost(2 * d * scores, rows + keys, scores * item),
+        Cost(softmax_flops * scores, scores * item, scores * item),
+        Cost(2 * d * scores, scores * item + keys, rows),
     )
 
 
