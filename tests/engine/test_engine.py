@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 
 from ridgeline.core.clock import VirtualClock
 from ridgeline.core.request import FinishReason, Request, SamplingParams
-from ridgeline.core.step import StepPlan, StepRecord, StepResult, TokenScore
+from ridgeline.core.step import UNREAD, StepPlan, StepRecord, StepResult, TokenScore
 from ridgeline.engine.engine import Engine
 from ridgeline.engine.interrupt import Uninterrupted
 from ridgeline.kv.cache import KVCache
@@ -27,7 +28,10 @@ class Toy:
     def __init__(self, clock: VirtualClock) -> None:
         self.clock = clock
         self.plans: list[StepPlan] = []
+        self.read: list[int] = []
         self.fails_at: int | None = None
+        self.late = False
+        self.late_failure: int | None = None
         self.closed = False
 
     def run(self, plan: StepPlan) -> Toy:
@@ -35,10 +39,13 @@ class Toy:
         if len(self.plans) == self.fails_at:
             raise Broken
         self.clock.advance(0.5)
-        return self
+        return Late(self, plan) if self.late else self
 
     def result(self) -> StepResult:
-        plan = self.plans[-1]
+        return self.result_of(self.plans[-1])
+
+    def result_of(self, plan: StepPlan) -> StepResult:
+        self.read.append(plan.number)
         tokens = {c.request_id: TokenScore(plan.number) for c in plan.chunks if c.sampling is not None}
         return StepResult(tokens, device_s=0.5)
 
@@ -46,14 +53,31 @@ class Toy:
         self.closed = True
 
 
+@dataclass
+class Late:
+    """The handle of one step of a Toy that is read late: reading it may fail."""
+
+    toy: Toy
+    plan: StepPlan
+
+    def result(self) -> StepResult:
+        if self.plan.number == self.toy.late_failure:
+            raise Broken
+        return self.toy.result_of(self.plan)
+
+
 def engine_of(
-    blocks: int = 16, predict: Callable[[StepPlan], float] | None = None, budget: int = 32
+    blocks: int = 16,
+    predict: Callable[[StepPlan], float] | None = None,
+    budget: int = 32,
+    overlap: bool = False,
 ) -> tuple[Engine, Toy]:
     clock = VirtualClock()
     cache = KVCache(block_size=16, num_blocks=blocks)
     scheduler = Scheduler(cache, make_policy("fcfs"), max_num_seqs=8, max_num_batched_tokens=budget, max_model_len=128)
     toy = Toy(clock)
-    return Engine(scheduler, toy, clock, predict), toy
+    toy.late = overlap
+    return Engine(scheduler, toy, clock, predict, overlap), toy
 
 
 def request(name: str, tokens: int, most: int = 4, leader: Request | None = None) -> Request:
@@ -191,6 +215,156 @@ def test_abort_finish_and_close() -> None:
     assert_empty(engine)
     engine.close()
     assert toy.closed
+
+
+# Overlap
+
+
+def outputs(engine: Engine) -> dict[str, list[int]]:
+    """Run to the end; each request's tokens."""
+    found: dict[str, list[int]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            assert event.token is not None
+            found.setdefault(event.request.request_id, []).append(event.token.token)
+    return found
+
+
+def test_a_step_is_read_when_the_next_one_is_under_way() -> None:
+    engine, toy = engine_of(overlap=True)
+    engine.add(request("a", 3))
+    assert engine.step() == []
+    assert (len(toy.plans), toy.read) == (1, [])
+    assert [event.token for event in engine.step()] == [TokenScore(1)]
+    assert (len(toy.plans), toy.read) == (2, [1])
+    assert list(toy.plans[1].chunks[0].token_ids) == [UNREAD]
+    assert outputs(engine) == {"a": [2, 3, 4]}
+    assert len(toy.plans) == 4, "the end by length is foreseen: nothing is computed beyond it"
+    assert_empty(engine)
+
+
+def test_overlap_changes_no_token() -> None:
+    """Tokens are step numbers here, so requests that start together must agree to the last one."""
+    found = []
+    for overlap in (False, True):
+        engine, _ = engine_of(overlap=overlap)
+        for name, most in (("a", 4), ("b", 7), ("c", 1)):
+            engine.add(request(name, 5, most))
+        found.append(outputs(engine))
+        assert_empty(engine)
+    assert found[0] == found[1]
+
+
+def test_a_surplus_token_is_dropped() -> None:
+    """The third token ends the output; the fourth is under way by then."""
+    engine, toy = engine_of(overlap=True)
+    one = request("a", 3, most=50)
+    one.eos_ids = frozenset({3})
+    engine.add(one)
+    assert outputs(engine) == {"a": [1, 2, 3]}
+    assert (one.finish, one.output_len, len(toy.plans), toy.read) == (FinishReason.STOP, 3, 4, [1, 2, 3])
+    assert_empty(engine)
+    engine.add(request("a", 3, most=1))
+    assert outputs(engine) == {"a": [5]}, "the id is free again, and the old surplus is nobody's"
+
+
+def test_an_id_may_come_back_while_a_step_of_its_last_owner_is_under_way() -> None:
+    engine, _ = engine_of(overlap=True)
+    for name in "ab":
+        engine.add(request(name, 3, most=9))
+    for _ in range(3):
+        engine.step()
+    engine.abort("a")
+    again = request("a", 3, most=2)
+    engine.add(again)
+    found = outputs(engine)
+    assert again.output_len == 2
+    assert found["a"] == again.tokens[3:] == [4, 5]
+
+
+def test_what_needs_values_on_the_host_is_read_at_once() -> None:
+    engine, toy = engine_of(overlap=True)
+    plain, penalized = request("a", 3, most=6), request("b", 3, most=2)
+    penalized.params = SamplingParams(frequency_penalty=0.5, max_tokens=2)
+    engine.add(plain)
+    engine.add(penalized)
+    for step in (1, 2):
+        assert len(engine.step()) == 2
+        assert toy.read[-1] == step
+    assert engine.step() == []
+    assert [len(engine.step()) for _ in range(4)] == [1] * 4
+    assert_empty(engine)
+
+
+def test_with_overlap_records_keep_steps_apart() -> None:
+    engine, _ = engine_of(predict=lambda plan: 0.1 * plan.num_tokens, overlap=True)
+    records: list[StepRecord] = []
+    engine.listeners.append(records.append)
+    engine.add(request("a", 40, most=3))
+    while engine.has_work:
+        engine.step()
+    assert [record.spans for record in records] == [((32, 32),), ((8, 40),), ((1, 41),), ((1, 42),)]
+    assert [record.number for record in records] == [1, 2, 3, 4]
+    assert [record.predicted_s for record in records] == pytest.approx([3.2, 0.8, 0.1, 0.1])
+    assert [record.start_s for record in records] == [0.0, 0.5, 1.0, 1.5]
+
+
+def test_a_step_whose_reading_fails_ends_its_requests_alone() -> None:
+    engine, toy = engine_of(overlap=True)
+    engine.add(request("a", 32, most=5))
+    engine.step()
+    late = request("b", 5, most=3)
+    engine.add(late)
+    toy.late_failure = 1
+    with pytest.raises(Broken):
+        engine.step()
+    assert engine.abort("a") is None
+    assert len(outputs(engine)["b"]) == 3
+    assert late.finish is FinishReason.LENGTH
+    assert_empty(engine)
+
+
+def test_events_read_before_a_failure_are_not_lost() -> None:
+    """The first step ends well and the second, which must be read at once, does not."""
+    engine, toy = engine_of(overlap=True)
+    engine.add(request("a", 3, most=9))
+    engine.step()
+    penalized = request("b", 3, most=2)
+    penalized.params = SamplingParams(frequency_penalty=0.5, max_tokens=2)
+    engine.add(penalized)
+    toy.late_failure = 2
+    with pytest.raises(Broken):
+        engine.step()
+    assert engine.has_work
+    assert [event.token for event in engine.step()] == [TokenScore(1)]
+    assert_empty(engine)
+
+
+def test_a_dispatch_that_fails_leaves_the_step_before_it() -> None:
+    engine, toy = engine_of(overlap=True)
+    engine.add(request("a", 10, most=9))
+    engine.add(request("b", 10, most=1))
+    engine.step()
+    toy.fails_at = 2
+    with pytest.raises(Broken):
+        engine.step()
+    found = outputs(engine)
+    assert set(found) == {"b"}, "a was in the step that failed, b had its last token under way"
+    assert_empty(engine)
+
+
+def test_an_abort_of_all_leaves_nothing_under_way() -> None:
+    engine, toy = engine_of(overlap=True)
+    leader = request("a", 20, most=9)
+    for one in (leader, request("b", 20, most=9, leader=leader)):
+        engine.add(one)
+    engine.step()
+    engine.step()
+    engine.abort("a")
+    engine.finish("b", 0, "stop")
+    assert_empty(engine)
+    assert engine.step() == []
+    assert toy.read == [1]
 
 
 # Ctrl-C

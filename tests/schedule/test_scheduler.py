@@ -368,3 +368,42 @@ def test_choosing_twice_forgets_no_copy() -> None:
     plan = world.scheduler.plan(world.scheduler.choose())
     assert plan is not None
     assert len(plan.copies) == 1
+
+
+# Running ahead
+
+
+def test_an_end_by_length_is_foreseen_and_keeps_nobody_out() -> None:
+    world = World(Setup(**{**ROOMY.__dict__, "ahead": True}))
+    (first,) = world.add([1, 2, 3], max_tokens=2, ignore_eos=True)
+    world.step()
+    world.step()
+    assert (first.output_len, first.unread, first.planned) == (1, 1, 4)
+    world.add([2, 2], max_tokens=3, ignore_eos=True)
+    plan = world.scheduler.plan(world.scheduler.choose())
+    assert spans(plan) == [("1", 0, 2)]
+    assert first.finish is None
+
+
+def test_what_a_preempted_request_has_under_way_is_kept() -> None:
+    world = World(Setup(policy="priority", max_num_seqs=1, max_model_len=14, ahead=True))
+    (first,) = world.add([1, 2, 3], max_tokens=5, ignore_eos=True, priority=1)
+    world.step()
+    world.add([3, 3], max_tokens=2, ignore_eos=True)
+    world.step()
+    assert (first.preemptions, first.output_len, first.computed, first.unread) == (1, 1, 0, 0)
+    world.drain()
+    assert first.output_len == 5
+
+
+def test_samples_wait_for_what_their_leader_has_under_way() -> None:
+    """Blocks are shared when the step that fills them has come back, not when it was planned."""
+    world = World(Setup(**{**ROOMY.__dict__, "ahead": True}))
+    leader, child = world.add([1, 2, 3, 4, 1, 2], n=2, max_tokens=3, ignore_eos=True)
+    world.step()
+    assert (leader.computed, leader.planned, child.computed) == (0, 6, 0)
+    (late,) = world.add([1, 2, 3, 4, 1, 2], leader=leader, max_tokens=3, ignore_eos=True)
+    assert not world.cache.holds(late.request_id)
+    world.step()
+    assert (leader.computed, child.computed, late.computed) == (6, 5, 5)
+    world.drain()

@@ -31,6 +31,7 @@ def setup_from(rng: random.Random) -> Setup:
         enable_chunked_prefill=chunked,
         enable_prefix_caching=kv_cache and rng.random() < 0.75,
         kv_cache=kv_cache,
+        ahead=rng.random() < 0.6,
     )
 
 
@@ -145,6 +146,7 @@ def tell(seed: int, length: int) -> World:
 
 def test_random_stories() -> None:
     worlds = [tell(seed, 50) for seed in range(700)]
+    assert sum(world.surplus for world in worlds) > 100
     assert sum(world.scheduler.preemptions for world in worlds) > 700
     assert sum(world.cache.hit_tokens for world in worlds) > 700
     assert sum(world.cache.evictions for world in worlds) > 700

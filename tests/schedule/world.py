@@ -4,6 +4,9 @@ Each slot of each block holds a tag that stands for keys and values: a hash of t
 to the slot's own. A step writes and reads tags as an executor writes and reads tensors, so a slot that was
 never written, was overwritten by another, or belongs to other tokens is found out when it is read. What each
 request must produce is computed beside, by the same toy model without any cache or batch.
+
+A world that runs ahead plans each step before it hears of the one before, as an engine with overlap does: its
+device runs steps in order at once, and what they sampled is kept back.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from ridgeline.core.request import FinishReason, Request, SamplingParams
-from ridgeline.core.step import Chunk, StepPlan, StepResult, TokenScore
+from ridgeline.core.step import UNREAD, Chunk, StepPlan, StepResult, TokenScore
 from ridgeline.kv import KVCache
 from ridgeline.schedule import Event, Scheduler, make_policy
 
@@ -68,7 +71,10 @@ def alone(request: Request, max_model_len: int) -> tuple[list[int], FinishReason
 
 @dataclass(frozen=True)
 class Setup:
-    """Arguments of a cache and a scheduler. spare_blocks: beyond what one longest request needs."""
+    """Arguments of a cache and a scheduler, and whether steps overlap (ahead).
+
+    spare_blocks: beyond what one longest request needs.
+    """
 
     policy: str = "fcfs"
     block_size: int = 2
@@ -79,6 +85,7 @@ class Setup:
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     kv_cache: bool = True
+    ahead: bool = False
 
 
 class Memory:
@@ -142,7 +149,10 @@ class World:
         self.outcomes: dict[str, tuple[list[int], FinishReason, int | str | None]] = {}
         self.told: dict[str, list[int]] = {}
         self.scored: dict[str, list[int]] = {}
-        self.planned: dict[str, list[int]] = {}
+        self.planned: dict[str, list[int]] = {}  # each request's tokens when the step was planned
+        self.heard: dict[str, list[int]] = {}  # those of them that the host had
+        self.under_way: list[tuple[StepPlan, StepResult]] = []
+        self.surplus = 0
         self.steps = 0
 
     def add(
@@ -210,24 +220,38 @@ class World:
     def step(self, meddle: Callable[[str], None] = lambda when: None) -> list[Event]:
         """One step; `meddle` may add, abort or stop between its parts."""
         self.steps += 1
-        first = next(iter(self.scheduler.running), None)
-        chosen = self.scheduler.choose()
+        scheduler = self.scheduler
+        first = next(iter(scheduler.running), None)
+        chosen = scheduler.choose()
         self._check_choice(chosen)
         if first is not None and self.setup.policy != "priority":
-            assert first in self.scheduler.running, "the first in rank lost its seat"
+            assert first in scheduler.running, "the first in rank lost its seat"
         meddle("chosen")
-        plan = self.scheduler.plan(chosen)
-        self.planned = {request_id: tokens.copy() for request_id, tokens in self.told.items()}
+        plan = scheduler.plan(chosen)
+        self.planned = {request_id: self.whole(request_id) for request_id in self.told}
+        self.heard = {request_id: tokens.copy() for request_id, tokens in self.told.items()}
         meddle("planned")
-        if plan is None:
-            return []
-        result = self._run(plan)
-        meddle("run")
-        events = self.scheduler.commit(plan, result)
-        for event in events:
-            self._hear(event)
+        if plan is not None:
+            self.under_way.append((plan, self._run(plan)))
+            meddle("run")
+        events: list[Event] = []
+        most = 1 if self.setup.ahead else 0
+        while self.under_way and (plan is None or len(self.under_way) > most or not scheduler.may_run_ahead):
+            oldest, result = self.under_way.pop(0)
+            committed = scheduler.commit(oldest, result)
+            for event in committed:
+                self._hear(event)
+            events += committed
+            self.surplus += sum(self.requests[name].finish is not None for name in result.sampled) - sum(
+                event.finish is not None for event in committed
+            )
         self.check()
         return events
+
+    def whole(self, request_id: str) -> list[int]:
+        """A request's tokens as the device knows them."""
+        late = [one.sampled[request_id].token for _, one in self.under_way if request_id in one.sampled]
+        return self.told[request_id] + late
 
     def _check_choice(self, chosen: Sequence[tuple[Request, int]]) -> None:
         setup, scheduler = self.setup, self.scheduler
@@ -239,7 +263,9 @@ class World:
             assert id(request) in running
             assert 1 <= new <= request.remaining
             assert setup.enable_chunked_prefill or new == request.remaining
-        if scheduler.has_work and not chosen:
+            assert request.known_len < setup.max_model_len
+            assert request.known_len - request.prompt_len < request.max_tokens, "an end by length is foreseen"
+        if scheduler.has_work and not chosen and not self.under_way:
             assert setup.policy == "static", "nobody runs although somebody could"
             assert scheduler.more_to_come
 
@@ -255,7 +281,10 @@ class World:
         written: list[set[int]] = []
         kept = bytes(self.cache._pool.kept)
         for chunk in plan.chunks:
-            assert list(chunk.token_ids) == self.planned[chunk.request_id][chunk.start : chunk.visible]
+            told = self.heard[chunk.request_id]
+            late = [UNREAD] * (len(self.planned[chunk.request_id]) - len(told))
+            assert len(late) <= (1 if self.setup.ahead else 0)
+            assert list(chunk.token_ids) == (told + late)[chunk.start : chunk.visible]
             written.append(memory.write(chunk, expected[chunk.request_id]))
             assert not any(kept[block] for block in written[-1]), "a published block is written"
         for chunk, own in zip(plan.chunks, written):
@@ -272,7 +301,7 @@ class World:
         if chunk.sampling is not None:
             sampling = chunk.sampling
             assert sampling.position == len(told)
-            assert list(sampling.tokens) == told
+            assert list(sampling.tokens) == self.heard[chunk.request_id]
             assert set(sampling.forbidden) == forbidden_now(request, told)
             token = next_token(request.salt, told, sampling.seed, sampling.forbidden)
             result.sampled[chunk.request_id] = TokenScore(token)
@@ -297,7 +326,8 @@ class World:
         assert whole[: len(request.tokens)] == request.tokens
         assert (event.finish is not None) == (len(whole) == len(request.tokens))
         if event.token is not None and event.finish is None:
-            assert request.computed == (len(request.tokens) - 1 if self.setup.kv_cache else 0)
+            preempted = self.setup.ahead and request.request_id in self.scheduler.waiting
+            assert request.computed == (len(request.tokens) - 1 if self.setup.kv_cache and not preempted else 0)
         if event.finish is not None:
             assert (event.finish, request.stop_reason) == (finish, stop_reason)
             del self.alive[request_id]
@@ -311,8 +341,12 @@ class World:
         assert {request.request_id for request in seen} == set(self.alive)
         assert set(cache._holdings) <= set(self.alive), "blocks of a request that has ended"
         for request in scheduler.running:
-            assert 0 <= request.computed < len(request.tokens)
-            assert len(cache.table(request.request_id)) >= cache.blocks_for(request.computed)
+            assert 0 <= request.computed <= request.planned < request.known_len
+            assert request.computed < len(request.tokens)
+            assert len(cache.table(request.request_id)) >= cache.blocks_for(request.planned)
+        for request in seen:
+            assert self.under_way or (request.planned == request.computed and request.unread == 0)
+            assert request.known_len == len(self.whole(request.request_id))
         for request in scheduler.waiting:
             assert request.computed == 0 or cache.holds(request.request_id)
         ranks = [scheduler._ranks[request.request_id] for request in scheduler.running]

@@ -181,7 +181,8 @@ class Request:
     """One sequence on its way: its tokens, and how many of them have keys and values in the cache.
 
     `computed` chases `len(tokens)`: that is the whole state machine. Prefill, decode, a prefix hit,
-    preemption (`computed` = 0) are only different distances between the two.
+    preemption (`computed` = 0) are only different distances between the two. While steps are under way
+    `planned` runs ahead of `computed`, and `unread` tokens are sampled of which only the device knows.
 
     prompt_len: tokens[:prompt_len] came from the user.
     seed: resolved; noise depends on (seed, position) alone.
@@ -189,6 +190,9 @@ class Request:
     bad_word_ids: token sequences never to be completed.
     leader: another request whose prompt blocks this one will share (the first of n samples), or None.
     scheduled_s: when the first step that it is in began; None before.
+    computed: leading tokens that steps have computed and whose results are in. planned: the same and what
+        steps under way compute; equal to computed when there are none.
+    unread: tokens sampled by steps under way, not in `tokens` yet.
     """
 
     request_id: str
@@ -206,6 +210,8 @@ class Request:
     salt: str = ""
     leader: Request | None = None
     computed: int = 0
+    planned: int = 0
+    unread: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
     finish: FinishReason | None = None
@@ -216,9 +222,14 @@ class Request:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def known_len(self) -> int:
+        """Tokens of the sequence, those included that only the device knows yet."""
+        return len(self.tokens) + self.unread
+
+    @property
     def remaining(self) -> int:
-        """Tokens whose keys and values are not yet in the cache."""
-        return len(self.tokens) - self.computed
+        """Tokens whose keys and values no step has computed or is computing."""
+        return len(self.tokens) + self.unread - self.planned
 
 
 @dataclass(slots=True)

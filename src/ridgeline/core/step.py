@@ -12,12 +12,16 @@ from typing import NamedTuple
 
 from ridgeline.core.request import SamplingParams
 
+UNREAD = -1
+"""Stands in a chunk for the token that the step before sampled for its request: only the device knows it yet."""
+
 
 class Sampling(NamedTuple):
     """How the next token of a chunk is chosen. (A tuple: hundreds are made in every step.)
 
     position: index of the token to be chosen in its sequence; with `seed` it fixes the noise.
-    tokens: the whole sequence so far (for penalties), prompt_len of them from the prompt.
+    tokens: the sequence so far (for penalties), prompt_len of them from the prompt; all of it, unless the
+        chunk ends with an UNREAD one, which will be appended.
     forbidden: ids that must not be chosen at this very position (bad words about to complete,
         end tokens before min_tokens).
     """
@@ -33,7 +37,8 @@ class Sampling(NamedTuple):
 class Chunk(NamedTuple):
     """New tokens of one request in a step.
 
-    start: tokens of the request already in the cache; the chunk holds tokens[start : start + new].
+    start: tokens of the request already in the cache; the chunk holds tokens[start : start + new], of which
+        the last may be UNREAD.
     blocks: the request's block table, covering start + len(token_ids) tokens.
     sampling: None if the chunk ends before the last known token (an unfinished prefill).
     prompt_logprobs: alternatives a prompt token to report for this chunk's tokens, or None.
@@ -96,11 +101,13 @@ class StepResult:
     sampled: the next token of every chunk with a Sampling.
     prompt_scores: one score a target token, for chunks with prompt_logprobs.
     device_s: seconds the device (or its price) took for the step.
+    padding: rows computed for nobody, because the step ran at a captured size.
     """
 
     sampled: dict[str, TokenScore] = field(default_factory=dict)
     prompt_scores: dict[str, list[TokenScore]] = field(default_factory=dict)
     device_s: float = 0.0
+    padding: int = 0
 
 
 @dataclass(slots=True)
@@ -108,8 +115,9 @@ class StepRecord:
     """One step for the record: decided, predicted, measured (seconds).
 
     spans: (new, visible) a request. sampled: requests that got a next token. predicted_s: None while nothing
-    predicts.
-    host_s: scheduling, preparation and commit, i.e. the step less the executor's part.
+    predicts. padding: rows computed for nobody.
+    host_s: scheduling, preparation and commit, i.e. the step less the executor's part; with overlap this and
+    the device's part of the step before happen at the same time.
     """
 
     number: int
@@ -124,6 +132,7 @@ class StepRecord:
     device_s: float
     predicted_s: float | None = None
     sampled: int = 0
+    padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,43 @@
-"""One step after the other: choose who runs, run it, commit what came back.
+"""One step after the other: choose who runs, run it, commit what came back; with overlap, one step late.
 
 Knows the scheduler, an executor and a clock, by their contracts. It must not know devices, text, or
 whether time is real.
+
+Overlap: while the device works on a step, the host plans and dispatches the next one, and only then reads the
+results of the first. Steps whose next one needs a token's value (`Scheduler.may_run_ahead`) are read at once.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ridgeline.core.clock import Clock
 from ridgeline.core.request import Request
 from ridgeline.core.step import Spans, StepPlan, StepRecord, StepResult
-from ridgeline.engine.executor import Executor
+from ridgeline.engine.executor import Executor, Handle
 from ridgeline.schedule import Event, Scheduler
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that was dispatched and not read yet. Times on the engine's clock."""
+
+    plan: StepPlan
+    handle: Handle
+    start_s: float
+    dispatched_s: float
+    predicted_s: float | None
+    preempted: int
 
 
 class Engine:
     """Requests go in with `add`; each `step` returns what happened to them.
 
     predict(plan) -> seconds, if given, is asked before each step and lands in its record. Listeners
-    get every StepRecord.
+    get every StepRecord. overlap: read a step's results only when the next one has been dispatched; tokens
+    are the same, each comes one call of `step` later.
     """
 
     def __init__(
@@ -28,12 +46,16 @@ class Engine:
         executor: Executor,
         clock: Clock,
         predict: Callable[[StepPlan], float] | None = None,
+        overlap: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.clock = clock
         self.predict = predict
+        self.overlap = overlap
         self.listeners: list[Callable[[StepRecord], None]] = []
+        self._flights: deque[_Flight] = deque()  # at most one between two steps
+        self._events: list[Event] = []
 
     def add(self, request: Request) -> None:
         """Queue a request; it has been validated."""
@@ -42,48 +64,78 @@ class Engine:
 
     def abort(self, request_id: str) -> Request | None:
         """End a request at once; its blocks return. None if it is not here (any more)."""
-        return self.scheduler.abort(request_id)
+        request = self.scheduler.abort(request_id)
+        self._let_go()
+        return request
 
     def finish(self, request_id: str, at_token: int, stop_reason: str) -> Request | None:
         """End a request at its output token `at_token`, because the owner of its text found a stop string."""
-        return self.scheduler.finish(request_id, at_token, stop_reason)
+        request = self.scheduler.finish(request_id, at_token, stop_reason)
+        self._let_go()
+        return request
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether `step` has anything to do or to tell."""
+        return self.scheduler.has_work or bool(self._events)
 
     def step(self) -> list[Event]:
-        """Run one step; an empty list if there was nothing to run.
+        """Run one step and return what the steps that were read have brought.
 
+        Empty if there was nothing to run, or if the step is under way and nothing was before it.
         If the executor raises, the requests of the step have ended (what it wrote of them is unknown) and
-        their blocks are back; the error goes on to the caller.
+        their blocks are back; the error goes on to the caller. Events of a step read before it in the same
+        call come with the next call.
         """
         start = self.clock.now()
         preempted = self.scheduler.preemptions
         chosen = self.scheduler.choose()
         plan = self.scheduler.plan(chosen)
-        if plan is None:
-            return []
-        for request, _ in chosen:
-            if request.scheduled_s is None:
-                request.scheduled_s = start
-        predicted = None if self.predict is None else self.predict(plan)
-        try:
-            result = self.executor.run(plan).result()
-        except BaseException:
-            for chunk in plan.chunks:
-                self.scheduler.abort(chunk.request_id)
-            self.scheduler.commit(plan, StepResult())  # lets go of the blocks that it would have copied
-            raise
-        events = self.scheduler.commit(plan, result)
-        if self.listeners:
-            self._record(plan, start, result, predicted, self.scheduler.preemptions - preempted)
+        if plan is not None:
+            for request, _ in chosen:
+                if request.scheduled_s is None:
+                    request.scheduled_s = start
+            self._dispatch(plan, start, self.scheduler.preemptions - preempted)
+        most = 1 if self.overlap else 0
+        while self._flights and (plan is None or len(self._flights) > most or not self.scheduler.may_run_ahead):
+            self._read(self._flights.popleft())
+        self._let_go()
+        events, self._events = self._events, []
         return events
 
-    def _record(
-        self, plan: StepPlan, start: float, result: StepResult, predicted: float | None, preempted: int
-    ) -> None:
+    def _dispatch(self, plan: StepPlan, start_s: float, preempted: int) -> None:
+        predicted_s = None if self.predict is None else self.predict(plan)
+        try:
+            handle = self.executor.run(plan)
+        except BaseException:
+            self.scheduler.give_up(plan)
+            raise
+        self._flights.append(_Flight(plan, handle, start_s, self.clock.now(), predicted_s, preempted))
+
+    def _read(self, flight: _Flight) -> None:
+        """Wait for a step's results and commit them."""
+        try:
+            result = flight.handle.result()
+        except BaseException:
+            self.scheduler.give_up(flight.plan)
+            raise
+        read_s = self.clock.now()
+        self._events += self.scheduler.commit(flight.plan, result)
+        if self.listeners:
+            self._record(flight, result, read_s)
+
+    def _let_go(self) -> None:
+        """A step under way whose requests have all ended is not waited for, and leaves no record."""
+        if self._flights and not self.scheduler.has_work:
+            self.scheduler.give_up(self._flights.popleft().plan)
+
+    def _record(self, flight: _Flight, result: StepResult, read_s: float) -> None:
+        plan, now = flight.plan, self.clock.now()
         spans = Spans(tuple(c.new for c in plan.chunks), tuple(c.visible for c in plan.chunks))
+        if self.overlap:  # what lies between dispatch and reading is the device's time, or another step's
+            host_s = flight.dispatched_s - flight.start_s + now - read_s
+        else:
+            host_s = now - flight.start_s - result.device_s
         record = StepRecord(
             number=plan.number,
             kind=plan.kind,
@@ -91,12 +143,13 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             free_blocks=self.scheduler.cache.free_blocks,
-            preempted=preempted,
-            start_s=start,
-            host_s=self.clock.now() - start - result.device_s,
+            preempted=flight.preempted,
+            start_s=flight.start_s,
+            host_s=host_s,
             device_s=result.device_s,
-            predicted_s=predicted,
+            predicted_s=flight.predicted_s,
             sampled=len(result.sampled),
+            padding=result.padding,
         )
         for listener in self.listeners:
             listener(record)

@@ -8,6 +8,12 @@ them from those that rank behind it, never from one before it; if none is behind
 what it has. So the first in rank always advances, and since the pool holds a whole `max_model_len`, it ends.
 A request is admitted only in a step in which no running one has to wait, and only if blocks for all of its
 known tokens are free: prefills do not push each other out, only growing outputs and priorities can.
+
+Running ahead. A step may be chosen and planned while the one before is still under way, if that one
+`may_run_ahead`: what it samples stands as UNREAD in the next plan. Nothing that depends on a token's value is
+decided before `commit`: ends of sequence, stop ids and what is published. A request that ends at commit has a
+surplus token under way, which is dropped; ends by length are foreseen. Blocks given up meanwhile may go to
+others at once, because steps run in the order of their plans.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from collections.abc import Sequence
 
 from ridgeline.core.errors import ContextLengthExceeded, DoesNotFit, InvalidArgument
 from ridgeline.core.request import FinishReason, Request
-from ridgeline.core.step import Chunk, Sampling, StepPlan, StepResult, TokenScore
+from ridgeline.core.step import UNREAD, Chunk, Sampling, StepPlan, StepResult, TokenScore
 from ridgeline.kv.cache import NO_COPIES, Copies, KVCache
 from ridgeline.schedule.event import Event
 from ridgeline.schedule.policy import Policy
@@ -90,6 +96,9 @@ class Scheduler:
         self.more_to_come = False
         """Set by whoever knows that further requests will arrive (only the static policy cares)."""
         self.preemptions = 0
+        self.may_run_ahead = False
+        """Whether the next step can be planned before the last plan's result is committed: nothing that it
+        decides needs a token's value (as penalties, bad words and scores of the prompt do)."""
         self._left_tokens = 0  # of the step that is being chosen
         self._arrivals = 0
         self._steps = 0
@@ -101,6 +110,7 @@ class Scheduler:
         self._unscored: dict[str, int] = {}
         self._copies: dict[str, Copies] = {}
         self._launched: list[Copies] = []
+        self._under_way: dict[int, list[tuple[Request, int]]] = {}  # by plan: requests, each with its preemptions
         self._refused: tuple[str, int] | None = None
 
     # What can be seen
@@ -145,7 +155,7 @@ class Scheduler:
             raise InvalidArgument("leader", f"{request_id!r} and its leader differ in prompt or salt")
         rank = self._ranks[request_id] = self.policy.rank(request, self._arrivals)
         self._arrivals += 1
-        request.computed = 0
+        request.computed = request.planned = 0
         if request.params.prompt_logprobs is not None and leader is None and request.prompt_len > 1:
             self._unscored[request_id] = 0
         if leader is None or leader.request_id not in self._ranks or not self.kv_cache:
@@ -219,13 +229,17 @@ class Scheduler:
         cache = self.cache
         chosen: list[Choice] = []
         behind = False  # is anyone more than one token behind?
+        full = 0  # how many wait for their last token to be read
         for request in self._running:  # those preempted on the way are further down this list
-            computed = request.computed
-            known = len(request.tokens)
-            if known - computed != 1:
+            planned = request.planned
+            known = len(request.tokens) + request.unread
+            if known - planned != 1:
                 behind = True
                 continue
-            copies = cache.reserve(request.request_id, computed, known)
+            if request.unread and self._is_full(request, known):
+                full += 1
+                continue
+            copies = cache.reserve(request.request_id, planned, known)
             if copies is None:
                 copies = self._make_room(request, known, chosen)
                 if copies is None:
@@ -236,9 +250,13 @@ class Scheduler:
         self._left_tokens = self.max_num_batched_tokens - len(chosen)
         if behind:
             self._go_on(chosen)
-        if self._queue and len(chosen) == len(self._running):
+        if self._queue and len(chosen) + full == len(self._running):
             self._admit(chosen)
         return chosen
+
+    def _is_full(self, request: Request, tokens: int) -> bool:
+        """Whether this many tokens are all that the request may have."""
+        return tokens - request.prompt_len >= request.max_tokens or tokens >= self.max_model_len
 
     def _go_on(self, chosen: list[Choice]) -> None:
         """Unfinished prefills take what the decodes have left of the budget."""
@@ -246,7 +264,7 @@ class Scheduler:
             new = self._portion(request)
             if request.remaining == 1 or new == 0:
                 continue
-            copies = self._make_room(request, request.computed + new, chosen)
+            copies = self._make_room(request, request.planned + new, chosen)
             if copies is not None:
                 self._note_copies(request, copies)
                 self._take(request, new, chosen)
@@ -267,7 +285,7 @@ class Scheduler:
         None if it has to wait: then nobody is behind it any more.
         """
         while True:
-            copies = self.cache.reserve(request.request_id, request.computed, end)
+            copies = self.cache.reserve(request.request_id, request.planned, end)
             if copies is not None:
                 return copies
             if self._reclaim():
@@ -285,7 +303,7 @@ class Scheduler:
         last = max(others, key=lambda request: self._ranks[request.request_id])
         del self._forked[last.request_id]
         self.cache.vacate(last.request_id)
-        last.computed = last.cached_tokens = 0
+        last.computed = last.planned = last.cached_tokens = 0
         return True
 
     def _preempt(self, victim: Request, chosen: list[Choice]) -> None:
@@ -296,7 +314,7 @@ class Scheduler:
         del self._seated[victim.request_id]
         self._drop_copies(victim.request_id)
         self.cache.vacate(victim.request_id)
-        victim.computed = 0
+        victim.computed = victim.planned = 0
         victim.preemptions += 1
         self.preemptions += 1
         self._queue.push(victim, self._ranks[victim.request_id])
@@ -304,10 +322,15 @@ class Scheduler:
     # Who is admitted
 
     def _admit(self, chosen: list[Choice]) -> None:
-        """Seat waiting requests in rank order until one cannot be seated: nobody overtakes."""
+        """Seat waiting requests in rank order until one cannot be seated: nobody overtakes.
+
+        One that was preempted with a token unread waits until it is read: its tokens are not all known.
+        """
         self.policy.gather(self._queue, len(self._running), self.seats, self.more_to_come)
         while (request := self._queue.head()) is not None and self.policy.admits(request):
             if self._left_tokens < (1 if self.enable_chunked_prefill else len(request.tokens)):
+                break
+            if request.unread:
                 break
             if len(self._running) >= self.seats and not self._displace(request, chosen):
                 break
@@ -330,7 +353,7 @@ class Scheduler:
         request_id, cache = request.request_id, self.cache
         spare = cache.num_blocks // RESERVE_SHARE if self._running else 0
         if request_id in self._forked:
-            copies = cache.reserve(request_id, request.computed, len(request.tokens), spare)
+            copies = cache.reserve(request_id, request.planned, len(request.tokens), spare)
             if copies is not None:
                 self._note_copies(request, copies)
             return copies is not None
@@ -343,7 +366,7 @@ class Scheduler:
             self._refused = (request_id, available) if self._running else None
             return False
         self._refused = None
-        request.computed = found
+        request.computed = request.planned = found
         if request.preemptions == 0:
             request.cached_tokens = found
         return True
@@ -352,7 +375,7 @@ class Scheduler:
         """Move a request for which there are blocks from the queue to the running ones."""
         request_id = request.request_id
         new = self._portion(request)
-        copies = self.cache.reserve(request_id, request.computed, request.computed + new)
+        copies = self.cache.reserve(request_id, request.planned, request.planned + new)
         assert copies is not None, "blocks for all tokens were there"
         self._note_copies(request, copies)
         self._queue.remove(request)
@@ -400,7 +423,7 @@ class Scheduler:
     def _fork(self, leader: Request, child: Request) -> None:
         """A waiting sample shares its leader's prompt; only the last prompt token is computed again."""
         self.cache.fork(leader.request_id, child.request_id, child.prompt_len)
-        child.computed = child.cached_tokens = child.prompt_len - 1
+        child.computed = child.planned = child.cached_tokens = child.prompt_len - 1
         self._forked[child.request_id] = child
 
     # What the step is
@@ -410,52 +433,65 @@ class Scheduler:
 
         Requests that ended since `choose` are left out.
         """
-        ones: list[Chunk] = []
-        others: list[Chunk] = []
+        ones: list[tuple[Chunk, Request]] = []
+        others: list[tuple[Chunk, Request]] = []
         cache, seated, unscored = self.cache, self._seated, self._unscored
+        ahead = self.kv_cache
         for request, new in chosen:
             request_id = request.request_id
             if request_id not in seated:
                 continue
-            tokens, start = request.tokens, request.computed
-            end = start + new
+            tokens, start, unread = request.tokens, request.planned, request.unread
+            known, end = len(tokens) + unread, start + new
+            sampling = None
+            if end == known:
+                sampling = _sampling(request, known)
+                request.unread = unread + 1
+                ahead = ahead and not _needs_values(request)
             chunk = Chunk(
                 request_id,
-                tokens[start:end],
+                tokens[start:end] if not unread or end < known else [*tokens[start:end], UNREAD],
                 start,
                 cache.table(request_id),
-                _sampling(request) if end == len(tokens) else None,
+                sampling,
                 *(_targets(request, end, unscored[request_id]) if request_id in unscored else ()),
             )
-            (ones if new == 1 else others).append(chunk)
+            if chunk.prompt_logprobs is not None:
+                ahead = False
+            request.planned = end
+            (ones if new == 1 else others).append((chunk, request))
         if not ones and not others:
             return None
         self._steps += 1
-        return StepPlan(self._steps, (*ones, *others), self._launch_copies())
+        self.may_run_ahead = ahead
+        ordered = ones + others
+        self._under_way[self._steps] = [(request, request.preemptions) for _, request in ordered]
+        return StepPlan(self._steps, tuple([chunk for chunk, _ in ordered]), self._launch_copies())
 
     # What came of it
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
-        """Take in what a step produced: tokens, scores, and who ended.
+        """Take in what a step produced: tokens, scores, and who ended. Steps are committed in their order.
 
-        Requests that ended since `plan` are passed over, and their results dropped.
+        Requests that ended since `plan` are passed over, and their results dropped. Those preempted since
+        keep the token that was sampled for them: it is as good as before.
         """
         self._settle()
         events: list[Event] = []
-        cache, seated, sampled = self.cache, self._seated, result.sampled
+        cache, sampled = self.cache, result.sampled
         block_size, publishes, kv_cache = cache.block_size, cache.enable_prefix_caching, self.kv_cache
         ended = False
-        for chunk in plan.chunks:
-            request = seated.get(chunk.request_id)
-            if request is None:
+        for chunk, (request, preemptions) in zip(plan.chunks, self._under_way.pop(plan.number)):
+            if request.finish is not None:
                 continue
             start = chunk.start
-            visible = request.computed = start + len(chunk.token_ids)
-            if publishes and visible // block_size != start // block_size:
-                cache.publish(chunk.request_id, request.tokens, visible)
-            if start < request.prompt_len <= visible:
-                for child in self._queue.release(chunk.request_id):
-                    self._fork(request, child)
+            if request.preemptions == preemptions:  # it still has the blocks that were written
+                visible = request.computed = start + len(chunk.token_ids)
+                if publishes and visible // block_size != start // block_size:
+                    cache.publish(chunk.request_id, request.tokens, visible)
+                if start < request.prompt_len <= visible:
+                    for child in self._queue.release(chunk.request_id):
+                        self._fork(request, child)
             scores: Sequence[TokenScore] = ()
             if chunk.prompt_logprobs is not None:
                 scores = self._take_scores(chunk, result.prompt_scores[chunk.request_id])
@@ -464,17 +500,28 @@ class Scheduler:
                     events.append(Event(request, None, scores))
                 continue
             token = sampled[chunk.request_id]
+            request.unread -= 1
             request.tokens.append(token.token)
             finish = self._end_of(request, token.token)
             if finish is not None:
+                if request.request_id in self._queue:
+                    self._queue.remove(request)
                 ended = True
                 self._forget(request)
             elif not kv_cache:
-                request.computed = 0
+                request.computed = request.planned = 0
             events.append(Event(request, token, scores, finish))
         if ended:
             self._running = [request for request in self._running if request.finish is None]
         return events
+
+    def give_up(self, plan: StepPlan) -> None:
+        """A step will bring no results: its requests end, and what it would have copied is let go of."""
+        for request, _ in self._under_way.pop(plan.number):
+            if request.finish is None:
+                request.finish = FinishReason.ABORT
+                self._leave(request)
+        self._settle()
 
     def _take_scores(self, chunk: Chunk, scores: Sequence[TokenScore]) -> Sequence[TokenScore]:
         """Those scores of a chunk that were not reported before (it may be a recompute)."""
@@ -506,19 +553,27 @@ def _siblings(request: Request, leader: Request) -> bool:
     )
 
 
-def _sampling(request: Request) -> Sampling:
-    tokens, params = request.tokens, request.params
-    length = len(tokens)
+def _sampling(request: Request, length: int) -> Sampling:
+    """How the token behind `length` known ones is chosen."""
+    params = request.params
     forbidden: tuple[int, ...] = ()
     if request.bad_word_ids or length - request.prompt_len < params.min_tokens:
-        forbidden = _forbidden(request)
-    return Sampling(params, request.seed, length, tokens, request.prompt_len, forbidden)
+        forbidden = _forbidden(request, length - request.prompt_len)
+    return Sampling(params, request.seed, length, request.tokens, request.prompt_len, forbidden)
 
 
-def _forbidden(request: Request) -> tuple[int, ...]:
-    """Ids that must not come next: the last of a bad word whose others are the output's tail, and before
-    min_tokens whatever would end the output."""
-    tokens, output = request.tokens, request.output_len
+def _needs_values(request: Request) -> bool:
+    """Whether the choice of a token looks at the values of those before it, on the host."""
+    params = request.params
+    return bool(
+        request.bad_word_ids or params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    )
+
+
+def _forbidden(request: Request, output: int) -> tuple[int, ...]:
+    """Ids that must not come next, behind `output` tokens of output: the last of a bad word whose others are
+    the output's tail, and before min_tokens whatever would end the output."""
+    tokens = request.tokens
     forbidden = set(request.eos_ids | request.stop_ids) if output < request.params.min_tokens else set()
     for word in request.bad_word_ids:
         before = len(word) - 1
@@ -528,8 +583,8 @@ def _forbidden(request: Request) -> tuple[int, ...]:
 
 
 def _targets(request: Request, end: int, scored: int) -> tuple[int | None, Sequence[int]]:
-    """Chunk's `prompt_logprobs` and `targets`: the prompt tokens that follow those in [computed, end)."""
+    """Chunk's `prompt_logprobs` and `targets`: the prompt tokens that follow those in [planned, end)."""
     last = min(end + 1, request.prompt_len)
     if last <= scored + 1:
         return None, ()
-    return request.params.prompt_logprobs, request.tokens[request.computed + 1 : last]
+    return request.params.prompt_logprobs, request.tokens[request.planned + 1 : last]
