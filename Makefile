@@ -7,7 +7,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check gpu-test bench lock clean
+.PHONY: demo test test-slow check gpu-test kernels-all bench lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ridgeline needs Python 3.11 or later")'
@@ -36,6 +36,10 @@ check: $(READY)
 # Needs a CUDA device, torch, triton, transformers and pytest in the interpreter named by PYTHON.
 gpu-test:
 	PYTHONPATH=src $(PYTHON) -m pytest tests -m gpu
+
+# Every instance of every .cu, for each architecture it names; needs no GPU. Tests compile a pairwise cover.
+kernels-all: $(READY)
+	$(VENV)/bin/python -m ridgeline.kernels.cuda.instances
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.run
