@@ -20,14 +20,14 @@ r % group. Which of them run follows from shapes alone, so the choice can be cap
 Either is right for any lengths whatever. Rows that belong to no request are left as they are.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
+from ridgeline.kernels.triton.machine import Machine
+from ridgeline.kernels.triton.machine import machine_of as _machine
 from ridgeline.kernels.triton.ragged import SCAN, sequence_of
 from ridgeline.ops.attention import attention
 from ridgeline.ops.attention_call import Limits
@@ -524,22 +524,6 @@ LIMITS = Limits(
     group=MAX_GROUP,
     features=frozenset({"paged", "window"}),
 )
-
-
-class Machine(NamedTuple):
-    """What a grid is sized by: multiprocessors, and bytes of shared memory that a program may have."""
-
-    multiprocessors: int
-    shared_bytes: int
-
-
-@cache
-def _machine(device: torch.device) -> Machine:
-    if device.type != "cuda":  # Triton's interpreter
-        return Machine(1, 227 * 1024)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    found = driver.active.utils.get_device_properties(index)
-    return Machine(found["multiprocessor_count"], found["max_shared_mem"])
 
 
 def _fitted(tile: Tile, least_rows: int, block_d: int, element_bytes: int, shared_bytes: int) -> Tile:

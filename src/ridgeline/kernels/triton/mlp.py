@@ -1,10 +1,11 @@
-"""The gated half of a feed-forward network: cuBLAS and one fused gate, or one product for few tokens.
+"""The gated half of a feed-forward network: one product for few tokens, cuBLAS and a fused gate for many.
 
-Knows dense weights. It must not know the projection that follows. Kernel "triton" leaves the product to
-cuBLAS, the best there is for many tokens, and fuses activation and multiplication behind it. Kernel
-"triton_fused" has a product of its own for up to 16 tokens, where the weight's bytes are all that
-matters: both halves of the weight are streamed by one program, and [T, 2 I] never exists.
+Knows dense weights. It must not know the projection that follows. For few tokens the weight's bytes are
+all that matters: one launch streams both halves of the weight, and [T, 2 I] never exists. For many the
+product is left to cuBLAS, the best there is, and activation and multiplication are fused behind it.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,19 @@ ACTIVATIONS = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 GATE_BLOCK = 1024  # elements of the output a program of the gate takes
 GATE_WARPS = 4
 
-FEW_TOKENS = 16
-"""The most tokens for which the fused product runs: the least number of rows of a tensor core's tile."""
 
-# (columns of the output, inputs a step, warps, stages) of the fused product, by bytes an element.
-FUSED = {2: (32, 128, 4, 4), 4: (16, 64, 4, 3)}
+class Product(NamedTuple):
+    """The fused product for up to `rows` tokens: columns of the output and inputs a step, and how it is compiled."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+
+FEW = (Product(16, 32, 256, 4, 3), Product(64, 64, 64, 4, 4))
+"""The first that holds the tokens is taken; for more, and in fp32, cuBLAS is as fast or faster."""
 
 
 @triton.jit
@@ -96,8 +105,8 @@ def _fused_kernel(
         part = tl.load(x_at + start, mask=(row[:, None] < tokens) & inside, other=0.0)
         gate_part = tl.load(gate_at + start, mask=inside, other=0.0)
         up_part = tl.load(up_at + start, mask=inside, other=0.0)
-        gates = tl.dot(part, gate_part.T, gates, input_precision="ieee")
-        ups = tl.dot(part, up_part.T, ups, input_precision="ieee")
+        gates = tl.dot(part, gate_part.T, gates)
+        ups = tl.dot(part, up_part.T, ups)
     target = out + row[:, None] * INNER + column[None, :]
     mask = (row[:, None] < tokens) & (column[None, :] < INNER)
     tl.store(target, gated(gates, ups, ACTIVATION, out), mask=mask)
@@ -117,9 +126,18 @@ def _accepts(x: torch.Tensor, weight: Weight, activation: str = "silu") -> str |
 
 @gated_linear.kernel("triton", needs=cuda(80), accepts=_accepts)
 def gated_linear_triton(x: torch.Tensor, weight: Weight, activation: str = "silu") -> torch.Tensor:
-    """cuBLAS for both products at once, then one launch for activation and multiplication."""
+    """One launch for few tokens in bf16 or fp16, two for more and in fp32.
+
+    Tokens of one launch do not see each other: while `FEW` has the same entry for their number, a token's
+    result does not depend on how many came with it.
+    """
+    tokens = x.shape[0]
+    if tokens and x.element_size() == 2:
+        for product in FEW:
+            if tokens <= product.rows:
+                return _fused(x, weight, activation, product)
     gate_up = F.linear(x, weight.data)
-    tokens, inner = x.shape[0], weight.out_features // 2
+    inner = weight.out_features // 2
     out = torch.empty(tokens, inner, device=x.device, dtype=x.dtype)
     if tokens:
         _gate_kernel[(tokens, triton.cdiv(inner, GATE_BLOCK))](
@@ -128,19 +146,11 @@ def gated_linear_triton(x: torch.Tensor, weight: Weight, activation: str = "silu
     return out
 
 
-@gated_linear.kernel("triton_fused", needs=cuda(80), accepts=_accepts)
-def gated_linear_fused(x: torch.Tensor, weight: Weight, activation: str = "silu") -> torch.Tensor:
-    """One launch for up to FEW_TOKENS tokens; more go the other kernel's way.
-
-    A token's result does not depend on how many tokens came with it, as long as they are few.
-    """
+def _fused(x: torch.Tensor, weight: Weight, activation: str, product: Product) -> torch.Tensor:
     tokens, inner, width = x.shape[0], weight.out_features // 2, weight.in_features
-    if not 0 < tokens <= FEW_TOKENS:
-        return gated_linear_triton(x, weight, activation)
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(tokens, inner, device=x.device, dtype=x.dtype)
-    columns, step, warps, stages = FUSED[x.element_size()]
-    _fused_kernel[(triton.cdiv(inner, columns),)](
+    _fused_kernel[(triton.cdiv(inner, product.columns),)](
         x,
         weight.data,
         out,
@@ -149,10 +159,10 @@ def gated_linear_fused(x: torch.Tensor, weight: Weight, activation: str = "silu"
         WIDTH=width,
         INNER=inner,
         ACTIVATION=activation,
-        ROWS=FEW_TOKENS,
-        COLUMNS=columns,
-        STEP=step,
-        num_warps=warps,
-        num_stages=stages,
+        ROWS=product.rows,
+        COLUMNS=product.columns,
+        STEP=product.step,
+        num_warps=product.warps,
+        num_stages=product.stages,
     )
     return out

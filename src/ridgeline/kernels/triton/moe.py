@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ridgeline.kernels.triton.machine import machine_of
 from ridgeline.kernels.triton.mlp import ACTIVATIONS, gated
 from ridgeline.ops.moe import moe, route
 from ridgeline.ops.op import cuda
@@ -37,12 +38,13 @@ class Tile(NamedTuple):
 ROWS = (16, 32, 64, 128)
 """Heights of a tile; the least that holds an expert's average share of the rows is taken."""
 
-# By bytes an element and height. The first product has two accumulators, one for each half.
+# By bytes an element and height, timed on an H200 with Mixtral-8x7B's and Qwen3-30B-A3B's shapes (docs/log.md).
+# The first product has two accumulators, one for each half.
 GATE_UP = {
     (2, 16): Tile(64, 128, 4, 3),
     (2, 32): Tile(64, 128, 4, 3),
     (2, 64): Tile(64, 64, 4, 4),
-    (2, 128): Tile(64, 64, 8, 4),
+    (2, 128): Tile(128, 64, 8, 4),
     (4, 16): Tile(16, 32, 4, 3),
     (4, 32): Tile(32, 32, 4, 3),
     (4, 64): Tile(32, 32, 4, 3),
@@ -50,9 +52,9 @@ GATE_UP = {
 }
 DOWN = {
     (2, 16): Tile(64, 128, 4, 4),
-    (2, 32): Tile(64, 128, 4, 4),
-    (2, 64): Tile(128, 64, 4, 4),
-    (2, 128): Tile(128, 64, 8, 4),
+    (2, 32): Tile(128, 64, 4, 4),
+    (2, 64): Tile(128, 64, 4, 3),
+    (2, 128): Tile(256, 64, 8, 4),
     (4, 16): Tile(32, 32, 4, 3),
     (4, 32): Tile(32, 32, 4, 3),
     (4, 64): Tile(32, 32, 4, 3),
@@ -215,6 +217,17 @@ def _down_kernel(
     tl.store(target, result, mask=live[:, None] & (column < WIDTH)[None, :])
 
 
+def _fitted(tile: Tile, height: int, halves: int, element_bytes: int, shared_bytes: int) -> Tile:
+    """The tile with as many stages as shared memory holds; the tables are written for Hopper's 227 KiB.
+
+    Tiles of less than 64 rows go through mma.sync, which is done with a step before the next one is asked
+    for: a stage less.
+    """
+    stage = (height + halves * tile.columns) * tile.step * element_bytes
+    held = shared_bytes // stage + (height < 64)
+    return tile._replace(stages=max(1, min(tile.stages, held)))
+
+
 def sorted_by_expert(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(order, offsets) of choices [N], stable: expert e owns order[offsets[e]] .. order[offsets[e + 1]].
 
@@ -284,7 +297,8 @@ def moe_triton(
     block_e = triton.next_power_of_2(count)
     hidden = torch.empty(rows, inner, device=x.device, dtype=x.dtype)
     parts = torch.empty(tokens, top_k, width, device=x.device, dtype=x.dtype)
-    tile = GATE_UP[x.element_size(), height]
+    shared = machine_of(x.device).shared_bytes
+    tile = _fitted(GATE_UP[x.element_size(), height], height, 2, x.element_size(), shared)
     _gate_up_kernel[(tiles * triton.cdiv(inner, tile.columns),)](
         x,
         gate_up,
@@ -305,7 +319,7 @@ def moe_triton(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    tile = DOWN[x.element_size(), height]
+    tile = _fitted(DOWN[x.element_size(), height], height, 1, x.element_size(), shared)
     _down_kernel[(tiles * triton.cdiv(width, tile.columns),)](
         hidden,
         down,
