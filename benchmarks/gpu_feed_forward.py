@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -86,16 +86,19 @@ def dense(record: Record, shapes: dict[str, tuple[int, int]]) -> None:
             x = random(tokens, width, scale=1.0)
             with patch.object(mlp, "FEW", ()):
                 library = timed(
-                    record, f"{name}, {tokens}, cuBLAS", lambda: each(mlp.gated_linear_triton, x, weights), len(weights)
+                    record,
+                    f"{name}, {tokens}, cuBLAS",
+                    partial(each, mlp.gated_linear_triton, x, weights),
+                    len(weights),
                 )
             fused = {}
             for product in CANDIDATES:
                 if product.rows >= tokens and product.rows <= max(16, 4 * tokens):
                     call = partial(mlp._fused, activation="silu", product=product)
                     label = f"{name}, {tokens}, {tuple(product)}"
-                    fused[product] = timed(record, label, lambda: each(call, x, weights), len(weights))  # noqa: B023
+                    fused[product] = timed(record, label, partial(each, call, x, weights), len(weights))
             auto = timed(
-                record, f"{name}, {tokens}, auto", lambda: each(mlp.gated_linear_triton, x, weights), len(weights)
+                record, f"{name}, {tokens}, auto", partial(each, mlp.gated_linear_triton, x, weights), len(weights)
             )
             rows.append(
                 [
@@ -123,10 +126,7 @@ def mixed(record: Record, mixtures: dict[str, Mixture]) -> None:
             xs = [random(tokens, shape.width, scale=1.0) for _ in range(4)]
             chosen = tokens * shape.top_k
 
-            def call(xs: list[torch.Tensor] = xs, shape: Mixture = shape) -> None:
-                for x in xs:
-                    moe.moe_triton(x, router, gate_up, down, shape.top_k, True)  # noqa: B023
-
+            call = partial(each_batch, xs, router, gate_up, down, shape.top_k)
             times = {}
             for height in moe.ROWS:
                 if height == 16 or height * shape.experts <= 8 * chosen:
@@ -158,6 +158,11 @@ def random(*shape: int, scale: float | None = None) -> torch.Tensor:
 def each(call: Callable[..., torch.Tensor], x: torch.Tensor, weights: Sequence[Weight]) -> None:
     for weight in weights:
         call(x, weight)
+
+
+def each_batch(xs: Sequence[torch.Tensor], *weights_and_top_k: Any) -> None:
+    for x in xs:
+        moe.moe_triton(x, *weights_and_top_k, renormalize=True)
 
 
 def timed(record: Record, label: str, call: Callable[[], None], calls: int) -> Interval:
