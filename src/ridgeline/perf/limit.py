@@ -12,10 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ridgeline.core.cost import Cost
+from ridgeline.ops.weight import Weight
 
 CACHES_BEYOND = 4
 """Main memory is measured on a buffer of this many times the largest cache."""
@@ -43,6 +45,58 @@ class Limit:
     def dram_seconds(self, cost: Cost) -> float:
         """The same if every byte came from main memory."""
         return max(cost.bytes / self.dram_bytes_per_s, cost.flops / self.flops_per_s)
+
+
+class OwnProduct(NamedTuple):
+    """The kernel that serves `linear`, and whether it takes weights in panels."""
+
+    linear: Callable[[torch.Tensor, Weight], torch.Tensor]
+    panels: bool
+
+
+@dataclass(frozen=True)
+class LimitCurve:
+    """Read bandwidth by working set: (bytes, bytes/s), rising in bytes. Rates never rise with the size."""
+
+    device: str
+    points: tuple[tuple[int, float], ...]
+    flops_per_s: float
+
+    def bytes_per_s(self, working_set_bytes: float) -> float:
+        """Best rate at a working set: of the nearest measured size that is not larger, so never too slow a limit."""
+        rate = self.points[0][1]
+        for size, measured in self.points:
+            if size > working_set_bytes:
+                break
+            rate = measured
+        return rate
+
+    @property
+    def dram_bytes_per_s(self) -> float:
+        return self.points[-1][1]
+
+    def better(self, other: LimitCurve) -> LimitCurve:
+        """The higher of two measurements of one device, point by point: others on a machine only ever slow it down."""
+        points = tuple((size, max(a, b)) for (size, a), (_, b) in zip(self.points, other.points, strict=True))
+        return LimitCurve(self.device, points, max(self.flops_per_s, other.flops_per_s))
+
+
+def measure_curve(device: torch.device, dtype: torch.dtype, own: OwnProduct | None = None) -> LimitCurve:
+    """The curve from 32 KiB to beyond the caches, four times the size a point. About a second.
+
+    own: the kernel whose matrix product may set the rate of arithmetic, beside torch's.
+    """
+    data = torch.ones(buffer_bytes(device) // 4, dtype=torch.float32, device=device)
+    sizes = [32 << 10]
+    while sizes[-1] * 4 < data.nbytes:
+        sizes.append(sizes[-1] * 4)
+    rates = [read_rate(data[: size // 4]) for size in sizes] + [read_rate(data)]
+    sizes.append(data.nbytes)
+    # What a larger set reaches a smaller one can: small calls are slowed by their start and not by memory.
+    for place in reversed(range(len(rates) - 1)):
+        rates[place] = max(rates[place], rates[place + 1])
+    del data
+    return LimitCurve(str(device), tuple(zip(sizes, rates)), matrix_rate(device, dtype, own))
 
 
 def measure_limit(device: torch.device, working_set_bytes: int, dtype: torch.dtype) -> Limit:
@@ -86,12 +140,18 @@ def read_rate(data: torch.Tensor) -> float:
     return data.nbytes / min(_best_seconds(work, data.device, passes) for work in works)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product."""
+def matrix_rate(device: torch.device, dtype: torch.dtype, own: OwnProduct | None = None) -> float:
+    """FLOP/s of a square matrix product: the best of torch's and, if `own` is given, of that kernel."""
     size = 1024 if device.type == "cpu" else 8192
     left = torch.randn(size, size, device=device, dtype=dtype)
     right = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _best_seconds(lambda: left @ right, device, 1)
+    seconds = _best_seconds(lambda: left @ right, device, 1)
+    if own is not None:
+        weight = Weight.dense_from(right)
+        if own.panels:
+            weight = weight.to_panels()
+        seconds = min(seconds, _best_seconds(lambda: own.linear(left, weight), device, 1))
+    return 2 * size**3 / seconds
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device, passes: int) -> float:
