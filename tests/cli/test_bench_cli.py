@@ -102,3 +102,28 @@ def test_refusals_of_attention(arguments: tuple[str, ...], said: str) -> None:
 def test_unknown_options_and_commands() -> None:
     assert "--rung" in ridgeline("bench", "attention", "--rungg", "v2", expect=2).stderr
     assert "nothing" in ridgeline("bench", "nothing", expect=2).stderr
+
+
+def test_latency(tiny: Path) -> None:
+    shape = ("--model", tiny / "config.json", "--device", "cpu", "--batch", "1,2", "--sequence", 8, "--new-tokens", 2)
+    arguments = ("bench", "latency", *shape, "--rounds", 1, "--attention", "blocked", "--attention", "cpu")
+    done = ridgeline(*arguments, "--json")
+    assert done.stderr == ""
+    result = json.loads(done.stdout)
+    assert result["benchmark"] == "latency"
+    assert [list(cell["results"]) for cell in result["cells"]] == [["blocked", "cpu"]] * 2
+    assert "8 tokens in, 2 out" in ridgeline(*arguments).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--batch", "0"), "batch: must be at least 1, not 0"),
+        (("--new-tokens", "0"), "new_tokens: must be at least 1"),
+        (("--attention", "v9"), "attention_backend: must be auto, or of standard"),
+        (("--model", "nowhere/config.json"), "nowhere/config.json"),
+        (("--out", "nowhere/result.json"), "out: nowhere is no folder"),
+    ],
+)
+def test_refusals_of_latency(arguments: tuple[str, ...], said: str) -> None:
+    assert said in refusal("bench", "latency", "--device", "cpu", "--rounds", "1", *arguments)

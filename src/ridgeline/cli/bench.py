@@ -144,6 +144,54 @@ def attention(
         raise RidgelineError(f"wrong numbers: {'; '.join(mistakes)}")
 
 
+@application.command("latency")
+def latency(
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(help="A rung, or several with commas between (each class of work takes the first). Repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Checkpoint or config.json; Llama-2-7B's shape if left out.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4,16,64",
+    sequence: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens decoded behind each prompt.")] = 8,
+    rounds: Rounds = 10,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    load_format: options.LoadFormat = "dummy",
+    out: Out = None,
+    as_json: options.Json = False,
+) -> None:
+    """Time whole-model inference with each rung of attention, by batch: what the seed report set out to measure."""
+    from ridgeline.study import latency as study
+
+    writable(out)
+    settings = study.Settings(
+        model=model,
+        batches=integers("batch", batch),
+        sequence=sequence,
+        new=new_tokens,
+        rounds=rounds,
+        dtype=dtype,
+        device=device,
+        load_format=load_format,
+    )
+    with bar(as_json) as progress:
+        result = study.run(settings, attention or (), progress)
+    keep(result, out)
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = screen()
+    for words in study.tables(result):
+        console.print(table(words))
+    for line in study.remarks(result):
+        console.print(Text(line, style="dim"))
+    if out is not None:
+        console.print(Text(f"-> {out}"))
+
+
 def names(text: str) -> list[str]:
     """Names separated by commas."""
     return [one.strip() for one in text.split(",") if one.strip()]
