@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ridgeline import __version__
-from ridgeline.cli import bench, generate, kernels, plan
+from ridgeline.cli import bench, explain, generate, kernels, plan, price, simulate
 from ridgeline.core.errors import RidgelineError
 
 application = typer.Typer(
@@ -25,7 +25,10 @@ application = typer.Typer(
 application.command("generate")(generate.command)
 application.command("kernels")(kernels.command)
 application.add_typer(bench.application)
+application.command("explain")(explain.command)
 application.command("plan")(plan.command)
+application.command("price")(price.command)
+application.command("simulate")(simulate.command)
 
 
 def _version(asked: bool) -> None:
