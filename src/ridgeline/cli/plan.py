@@ -40,6 +40,9 @@ def command(
     trace: workload.Trace = None,
     num_prompts: workload.NumPrompts = None,
     length_scale: workload.LengthScale = 1.0,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Price the usual optimisations on this model, one by one.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Memory, capacity, FLOP/byte against the ridge, TTFT, TPOT, E2E: the floor, and the rule of thumb beside it."""
@@ -54,6 +57,9 @@ def command(
     planned = planner(model, dtype)
     if slo is not None:
         _capacities(planned, found, slo, trace, num_prompts, length_scale, prompt_len, output_len, as_json)
+        return
+    if what_if:
+        _what_if(planned, found, prompt_len, output_len, asked[0], as_json)
         return
     if len(asked) > 1:
         sweeps = [planned.sweep(one, prompt_len, output_len, asked) for one in found]
@@ -109,6 +115,31 @@ def _capacities(
     for machine, one in zip(found, results):
         title = f"{planned.name} on {machine.name}: {one.rate_per_s:.2f} requests/s within {slo} (steps at their floor)"
         Console().print(workload.report_table(one.best, title))
+
+
+def _what_if(
+    planned: Planner, found: list[Machine], prompt_len: int, output_len: int, batch: int, as_json: bool
+) -> None:
+    from ridgeline.study.what_if import what_if
+
+    results = [(machine, what_if(planned, machine, prompt_len, output_len, batch)) for machine in found]
+    if as_json:
+        rows = [{"hardware": m.id, "what_if": [one.as_dict() for one in listed]} for m, listed in results]
+        print(json.dumps({"model": planned.name, "dtype": planned.dtype, "steps": "floor", "machines": rows}))
+        return
+    for machine, listed in results:
+        base = listed[0]
+        table = Table(
+            "", "TTFT", "", "TPOT", "", "weights", "KV a token", "assumption",
+            title=f"{planned.name}, {planned.dtype}, on {machine.name}: floors with or without",
+        )  # fmt: skip
+        for one in listed:
+            ttft, tpot = one.ttft_s / base.ttft_s, one.tpot_s / base.tpot_s
+            table.add_row(
+                one.name, milliseconds(one.ttft_s), f"{ttft:.2f}x", milliseconds(one.tpot_s), f"{tpot:.2f}x",
+                size(one.weight_bytes), size(one.kv_bytes_per_token), one.assumption,
+            )  # fmt: skip
+        Console().print(table)
 
 
 def summary(plans: list[Plan]) -> Table:
