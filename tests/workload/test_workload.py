@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,13 @@ def test_capacity_is_the_knee() -> None:
     assert 0.3 * full < found.rate_per_s < full
     with pytest.raises(InvalidArgument, match=r"no load meets it: the best reachable .* is ttft 26"):
         capacity(jobs, SETTING, flat, {"ttft": 0.001})
+
+
+def test_a_static_batch_waits_until_it_is_full() -> None:
+    """Eight seats, arrivals a second apart: the first batch starts with the eighth, the rest with the last."""
+    setting = replace(SETTING, scheduling_policy="static")
+    found = simulate([Job(4, 3, float(second)) for second in range(10)], setting, flat)
+    assert found.served[0].ttft_s == pytest.approx(7 + 0.01 + 8 * 0.004, abs=1e-3)
+    assert found.served[8].ttft_s == pytest.approx(1 + 0.01 + 2 * 0.004, abs=1e-3)
+    closed = simulate([Job(4, 3)] * 6, setting, flat, concurrency=2)
+    assert closed.report.failed == 0

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ridgeline import __version__
-from ridgeline.cli import bench, explain, generate, kernels, plan, price, simulate
+from ridgeline.cli import bench, bench_serving, explain, generate, kernels, plan, price, simulate
 from ridgeline.core.errors import RidgelineError
 
 application = typer.Typer(
@@ -24,6 +24,7 @@ application = typer.Typer(
 )
 application.command("generate")(generate.command)
 application.command("kernels")(kernels.command)
+bench.application.command("throughput")(bench_serving.command)
 application.add_typer(bench.application)
 application.command("explain")(explain.command)
 application.command("plan")(plan.command)

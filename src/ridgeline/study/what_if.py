@@ -105,9 +105,7 @@ class _Study:
         if spec.experts is None:
             experts = Experts(8, 2, max(spec.intermediate // 2, 1), True, frozenset(range(spec.layers)))
             mixture = self.variant(experts=experts, architecture="MixtralForCausalLM")
-            yield self.row_of(
-                mixture, "MoE", False, "with: 8 experts of half the width, 2 a token: 4x the FFN's weights"
-            )
+            yield self.row_of(mixture, "MoE", False, "with: 8 experts of half the width, 2 a token: 4x the weights")
         else:
             dense = self.variant(
                 experts=None, intermediate=spec.experts.intermediate * spec.experts.count,
@@ -122,7 +120,7 @@ class _Study:
         verify = self.seconds(planner, DRAFTED + 1, self.middle + DRAFTED)
         yield row(
             "speculative decoding", False,
-            f"with: {DRAFTED} drafted tokens, each accepted with {ACCEPTANCE:.0%}; a draft step costs {DRAFT_SHARE:.0%}",
+            f"with: {DRAFTED} drafted tokens, each accepted with {ACCEPTANCE:.0%}; drafting one costs {DRAFT_SHARE:.0%}",
             tpot_s=(verify + DRAFTED * DRAFT_SHARE * tpot) / tokens,
         )  # fmt: skip
         element = planner.model.store.dtype.itemsize

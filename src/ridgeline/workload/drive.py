@@ -13,7 +13,7 @@ from typing import Protocol
 from ridgeline.core.clock import Clock, VirtualClock
 from ridgeline.core.errors import RidgelineError
 from ridgeline.core.request import Request, SamplingParams
-from ridgeline.schedule import Event
+from ridgeline.schedule import Event, Scheduler
 from ridgeline.workload.arrivals import Job, prompt_ids
 from ridgeline.workload.measure import Served
 
@@ -22,6 +22,7 @@ class Stepped(Protocol):
     """What is driven: an Engine."""
 
     clock: Clock
+    scheduler: Scheduler
 
     def add(self, request: Request) -> None: ...
 
@@ -71,8 +72,12 @@ def drive(
                 break
             _wait(clock, begin + jobs[upcoming].arrival_s)
             continue
+        # A batch of the static policy waits for those who may still join it, unless nobody can.
+        engine.scheduler.more_to_come = upcoming is not None and (concurrency is None or active < concurrency)
         events = engine.step()
         now = clock.now()
+        if not events and not engine.scheduler.running and upcoming is not None:
+            _wait(clock, begin + jobs[upcoming].arrival_s)
         for event in events:
             one = served[names[event.request.request_id]]
             if event.token is not None:
