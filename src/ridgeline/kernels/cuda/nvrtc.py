@@ -300,13 +300,13 @@ def _context(device: int) -> Iterator[None]:
     cuda, context = _driver(), ctypes.c_void_p()
     _checked(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "using the device")
     try:
-        _checked(cuda.cuCtxPushCurrent(context), "using the device")
+        _checked(cuda.cuCtxPushCurrent_v2(context), "using the device")
         try:
             yield
         finally:
-            cuda.cuCtxPopCurrent(ctypes.byref(context))
+            cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
     finally:
-        cuda.cuDevicePrimaryCtxRelease(device)
+        cuda.cuDevicePrimaryCtxRelease_v2(device)
 
 
 _MAP_TYPES = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7, torch.uint8: 0, torch.float8_e4m3fn: 0}
