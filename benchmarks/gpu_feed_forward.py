@@ -1,7 +1,7 @@
 """The feed-forward networks on a GPU: one launch beside cuBLAS and a gate, and the mixture at every tile height.
 
 Times are the GPU's own: calls captured in a CUDA graph whose weights together exceed the L2 cache, medians of
-its replays. The first table is what FEW in kernels/triton/mlp.py was chosen from, the second judges ROWS in
+its replays. The first table is what `product_for` in kernels/triton/mlp.py was chosen from, the second judges ROWS in
 kernels/triton/moe.py: `auto` is the height that the kernel takes by itself.
 
     PYTHONPATH=src python3 -m benchmarks.gpu_feed_forward --out $OUT
@@ -84,7 +84,7 @@ def dense(record: Record, shapes: dict[str, tuple[int, int]]) -> None:
         weights = [Weight.dense_from(random(2 * inner, width)) for _ in range(4 * L2_BYTES // size + 1)]
         for tokens in TOKENS:
             x = random(tokens, width, scale=1.0)
-            with patch.object(mlp, "FEW", ()):
+            with patch.object(mlp, "product_for", lambda *_: None):
                 library = timed(
                     record,
                     f"{name}, {tokens}, cuBLAS",
@@ -125,7 +125,6 @@ def mixed(record: Record, mixtures: dict[str, Mixture]) -> None:
         for tokens in MIXED_TOKENS:
             xs = [random(tokens, shape.width, scale=1.0) for _ in range(4)]
             chosen = tokens * shape.top_k
-
             call = partial(each_batch, xs, router, gate_up, down, shape.top_k)
             times = {}
             for height in moe.ROWS:
@@ -133,7 +132,7 @@ def mixed(record: Record, mixtures: dict[str, Mixture]) -> None:
                     with patch.object(moe, "ROWS", (height,)):
                         times[height] = timed(record, f"{name}, {tokens}, height {height}", call, len(xs))
             auto = timed(record, f"{name}, {tokens}, auto", call, len(xs))
-            taken = next((one for one in moe.ROWS if one * shape.experts >= chosen), moe.ROWS[-1])
+            taken = next((one for one in moe.ROWS if one * shape.experts >= 2 * chosen), moe.ROWS[-1])
             rows.append(
                 [
                     f"{name}, {tokens}",

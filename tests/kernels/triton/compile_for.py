@@ -16,6 +16,7 @@ from triton_checks import paged
 
 from ridgeline.kernels.select import load_kernels
 from ridgeline.kernels.triton import attention as attention_kernels
+from ridgeline.kernels.triton import mlp as mlp_kernels
 from ridgeline.kernels.triton import moe as moe_kernels
 from ridgeline.kernels.triton.machine import Machine
 from ridgeline.ops import REGISTRY, Weight
@@ -57,7 +58,8 @@ driver.set_active(NoDevice())
 setattr(JITFunction, "run", compile_only(JITFunction.run))  # noqa: B010
 MACHINE = Machine(4, SHARED_KIB * 1024)
 setattr(attention_kernels, "_machine", lambda _: MACHINE)  # noqa: B010
-setattr(moe_kernels, "machine_of", lambda _: MACHINE)  # noqa: B010
+for module in (moe_kernels, mlp_kernels):
+    setattr(module, "machine_of", lambda _: MACHINE)  # noqa: B010
 
 for dtype in (torch.bfloat16, torch.float32):
     for head_dim in (64, 128, 256):
@@ -67,10 +69,10 @@ for dtype in (torch.bfloat16, torch.float32):
     for name in ("norm", "layer_norm", "rope_kv_write", "sample", "moe"):
         for inputs in REGISTRY[name].inputs("cpu", dtype):
             call(name, **inputs)
-    for tokens in (1, 40, 300):
-        weight = Weight.dense_from(torch.zeros(2 * 512, 1024, dtype=dtype))
+    for tokens, inner in ((1, 512), (1, 1024), (40, 512), (300, 512)):
+        weight = Weight.dense_from(torch.zeros(2 * inner, 1024, dtype=dtype))
         call("gated_linear", x=torch.zeros(tokens, 1024, dtype=dtype), weight=weight)
-    for tokens in (4, 80, 200, 400):
+    for tokens in (4, 40, 80, 200):
         call(
             "moe",
             x=torch.zeros(tokens, 256, dtype=dtype),

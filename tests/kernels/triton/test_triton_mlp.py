@@ -7,13 +7,32 @@ pytest.importorskip("triton")
 
 from triton_checks import assert_near, kinds
 
-from ridgeline.kernels.triton.mlp import ACTIVATIONS, FEW, _accepts, gated_linear_triton
+from ridgeline.kernels.triton import mlp as kernels
+from ridgeline.kernels.triton.mlp import (
+    ACTIVATIONS,
+    NARROW,
+    TALL,
+    WIDE,
+    Product,
+    _accepts,
+    gated_linear_triton,
+    product_for,
+)
 from ridgeline.ops.mlp import gated_linear
 from ridgeline.ops.weight import Weight
 
 SHAPES = {  # tokens, inputs, outputs
-    "cpu": ((1, 72, 40), (16, 130, 33), (17, 64, 8), (65, 64, 8)),
-    "cuda": ((1, 4096, 1408), (4, 2056, 1000), (16, 520, 264), (17, 2056, 1000), (64, 4096, 512), (300, 1024, 2048)),
+    "cpu": ((1, 72, 40), (16, 130, 33), (3, 64, 264), (17, 64, 8), (65, 64, 8)),
+    "cuda": (
+        (1, 4096, 1408),
+        (16, 520, 264),
+        (1, 4096, 8704),
+        (16, 520, 9000),
+        (17, 2056, 4300),
+        (64, 4096, 4224),
+        (64, 520, 264),
+        (300, 1024, 2048),
+    ),
 }
 
 
@@ -29,13 +48,24 @@ def test_against_fp64(device: str, activation: str) -> None:
             assert_near(got, exact, own)
 
 
-def test_few_tokens_do_not_see_each_other(device: str) -> None:
-    for few, counts in zip(FEW, ((1, 5), (33, 40))):
-        x = torch.randn(few.rows, 96, device=device).half()
-        weight = Weight.dense_from(torch.randn(80, 96, device=device).half())
-        together = gated_linear_triton(x, weight)
-        for tokens in counts:
-            assert torch.equal(gated_linear_triton(x[:tokens].clone(), weight), together[:tokens])
+@pytest.mark.parametrize("product", [WIDE, NARROW, TALL])
+def test_few_tokens_do_not_see_each_other(device: str, product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "product_for", lambda *_: product)
+    x = torch.randn(product.rows, 96, device=device).half()
+    weight = Weight.dense_from(torch.randn(80, 96, device=device).half())
+    together = gated_linear_triton(x, weight)
+    for tokens in (1, 5):
+        assert torch.equal(gated_linear_triton(x[:tokens].clone(), weight), together[:tokens])
+
+
+def test_products() -> None:
+    """By inner width of Qwen3-0.6B, Llama-3.1-8B and 70B, on 132 multiprocessors."""
+    chosen = {
+        inner: [product_for(tokens, inner, 132) for tokens in (1, 16, 17, 64, 65)] for inner in (3072, 14336, 28672)
+    }
+    assert chosen[3072] == [NARROW, NARROW, None, None, None]
+    assert chosen[14336] == [WIDE, WIDE, TALL, TALL, None]
+    assert chosen[28672] == [NARROW, NARROW, TALL, TALL, None]
 
 
 def test_few_tokens_are_one_launch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,10 +74,9 @@ def test_few_tokens_are_one_launch(device: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.nn.functional, "linear", library)
     weight = Weight.dense_from(torch.randn(80, 96, device=device).half())
-    for tokens in (1, FEW[-1].rows):
-        gated_linear_triton(torch.randn(tokens, 96, device=device).half(), weight)
+    gated_linear_triton(torch.randn(NARROW.rows, 96, device=device).half(), weight)
     with pytest.raises(RuntimeError, match="cuBLAS"):
-        gated_linear_triton(torch.randn(FEW[-1].rows + 1, 96, device=device).half(), weight)
+        gated_linear_triton(torch.randn(TALL.rows + 1, 96, device=device).half(), weight)
     with pytest.raises(RuntimeError, match="cuBLAS"):
         gated_linear_triton(torch.randn(1, 96, device=device), Weight.dense_from(weight.data.float()))
 

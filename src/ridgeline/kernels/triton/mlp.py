@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ridgeline.kernels.triton.machine import machine_of
 from ridgeline.ops.mlp import gated_linear
 from ridgeline.ops.op import cuda
 from ridgeline.ops.weight import Weight
@@ -31,8 +32,21 @@ class Product(NamedTuple):
     stages: int
 
 
-FEW = (Product(16, 32, 256, 4, 3), Product(64, 64, 64, 4, 4))
-"""The first that holds the tokens is taken; for more, and in fp32, cuBLAS is as fast or faster."""
+WIDE, NARROW, TALL = Product(16, 64, 128, 4, 3), Product(16, 32, 256, 4, 3), Product(64, 64, 64, 4, 4)
+
+
+def product_for(tokens: int, inner: int, multiprocessors: int) -> Product | None:
+    """The fused product for so many tokens of 16 bits, None where cuBLAS is as fast or faster (docs/log.md).
+
+    Three programs of WIDE share a multiprocessor, so it is the best where one wave of them fills the machine;
+    twice as many half as wide leave less to wait for at the end of several waves, or use more of the machine.
+    """
+    programs = triton.cdiv(inner, WIDE.columns)
+    if tokens <= NARROW.rows:
+        return WIDE if multiprocessors <= programs <= 3 * multiprocessors else NARROW
+    if tokens <= TALL.rows and 2 * programs >= multiprocessors:
+        return TALL
+    return None
 
 
 @triton.jit
@@ -128,16 +142,15 @@ def _accepts(x: torch.Tensor, weight: Weight, activation: str = "silu") -> str |
 def gated_linear_triton(x: torch.Tensor, weight: Weight, activation: str = "silu") -> torch.Tensor:
     """One launch for few tokens in bf16 or fp16, two for more and in fp32.
 
-    Tokens of one launch do not see each other: while `FEW` has the same entry for their number, a token's
-    result does not depend on how many came with it.
+    Tokens of one launch do not see each other: while `product_for` gives the same product, a token's result
+    does not depend on how many came with it.
     """
-    tokens = x.shape[0]
+    tokens, inner = x.shape[0], weight.out_features // 2
     if tokens and x.element_size() == 2:
-        for product in FEW:
-            if tokens <= product.rows:
-                return _fused(x, weight, activation, product)
+        product = product_for(tokens, inner, machine_of(x.device).multiprocessors)
+        if product is not None:
+            return _fused(x, weight, activation, product)
     gate_up = F.linear(x, weight.data)
-    inner = weight.out_features // 2
     out = torch.empty(tokens, inner, device=x.device, dtype=x.dtype)
     if tokens:
         _gate_kernel[(tokens, triton.cdiv(inner, GATE_BLOCK))](

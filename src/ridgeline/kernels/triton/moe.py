@@ -36,7 +36,8 @@ class Tile(NamedTuple):
 
 
 ROWS = (16, 32, 64, 128)
-"""Heights of a tile; the least that holds an expert's average share of the rows is taken."""
+"""Heights of a tile; the least that holds twice an expert's average share of the rows is taken: at the share
+itself every other expert would need a second tile, and read its weights twice."""
 
 # By bytes an element and height, timed on an H200 with Mixtral-8x7B's and Qwen3-30B-A3B's shapes (docs/log.md).
 # The first product has two accumulators, one for each half.
@@ -291,7 +292,7 @@ def moe_triton(
     weights, experts = route(x, router, top_k, renormalize)
     rows = tokens * top_k
     order, offsets = sorted_by_expert(experts.flatten(), count)
-    height = next((height for height in ROWS if height * count >= rows), ROWS[-1])
+    height = next((height for height in ROWS if height * count >= 2 * rows), ROWS[-1])
     # Every tile but an expert's last is full, and an expert with a tile has a row.
     tiles = min(rows, rows // height + count)
     block_e = triton.next_power_of_2(count)
