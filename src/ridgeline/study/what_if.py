@@ -120,7 +120,7 @@ class _Study:
         verify = self.seconds(planner, DRAFTED + 1, self.middle + DRAFTED)
         yield row(
             "speculative decoding", False,
-            f"with: {DRAFTED} drafted tokens, accepted with {ACCEPTANCE:.0%} each; drafting one costs {DRAFT_SHARE:.0%}",
+            f"with: {DRAFTED} drafted tokens, accepted with {ACCEPTANCE:.0%} each; a draft costs {DRAFT_SHARE:.0%}",
             tpot_s=(verify + DRAFTED * DRAFT_SHARE * tpot) / tokens,
         )  # fmt: skip
         element = planner.model.store.dtype.itemsize
