@@ -127,3 +127,15 @@ def test_latency(tiny: Path) -> None:
 )
 def test_refusals_of_latency(arguments: tuple[str, ...], said: str) -> None:
     assert said in refusal("bench", "latency", "--device", "cpu", "--rounds", "1", *arguments)
+
+
+def test_tuning_a_cpu_is_refused_and_so_are_wrong_options() -> None:
+    for arguments, said in (
+        ((), "nothing to tune on cpu"),
+        (("--rounds", 0), "rounds: must be at least 1"),
+        (("--head-dim", "x"), "head_dim: must be whole numbers"),
+        (("--dtype", "fp4"), "dtype: must be one of"),
+        (("--out", "nowhere/table.json"), "out: nowhere is no folder"),
+    ):
+        assert said in refusal("kernels", "tune", "--device", "cpu", *arguments)
+    assert "--kernell" in ridgeline("kernels", "tune", "--kernell", "v2", expect=2).stderr

@@ -23,7 +23,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
 )
 application.command("generate")(generate.command)
-application.command("kernels")(kernels.command)
+application.add_typer(kernels.application)
 bench.application.command("throughput")(bench_serving.command)
 application.add_typer(bench.application)
 application.command("explain")(explain.command)

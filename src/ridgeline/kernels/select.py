@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ridgeline.core.errors import KernelRefused
+from ridgeline.kernels import tables
 from ridgeline.ops import REGISTRY, Op, Ops
 from ridgeline.ops.op import Kernel
 
@@ -77,11 +78,16 @@ class _Calls:
 
 
 def load_kernels(device: str) -> None:
-    """Import the kernel modules that can serve a device type ("cpu", "cuda"), which registers them."""
+    """Import the kernel modules that can serve a device type ("cpu", "cuda"), which registers them.
+
+    Their tables of tiles are set to what is known of this GPU (kernels/tables).
+    """
     for folder in FOLDERS[device]:
         package = importlib.import_module(f"ridgeline.kernels.{folder}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
+    if device == "cuda" and torch.cuda.is_available():
+        tables.settle(torch.cuda.get_device_name())
 
 
 def select(

@@ -272,3 +272,16 @@ def test_verdicts_follow_the_bytes(ladder: dict[str, Kernel]) -> None:
     assert "no gain" in verdict(0.9, 1e3, 4e3)
     one["measured"] = {"hbm_bytes": 1e3}
     assert cell["case"]["label"] not in report.claims(result)[0], "measured bytes are never held against counted ones"
+
+
+@pytest.mark.parametrize("page", [None, 16])
+def test_standard_bound_at_once_is_standard(page: int | None) -> None:
+    """Algorithm 0 on the batch's matrices is what the registered kernel computes."""
+    load_kernels("cpu")
+    kernel = REGISTRY["attention"].kernels["standard"]
+    for new, causal in ((32, False), (32, True), (7, True), (1, True)):
+        case = Case("sweep", 3, 4, 2, 16, new, 40 if new < 32 else 32, causal, "float32", page)
+        call = bench.tensors.make(case, CPU)
+        out = rungs.bound(kernel, case, call)()
+        torch.testing.assert_close(out, kernel.call(**call._asdict()), atol=1e-6, rtol=1e-5)
+        assert bench.tensors.error_of(case, call, out)[0] < 1e-5

@@ -40,7 +40,7 @@ class Contestant:
         reason = rungs_.refusal(self.kernel, case)
         if reason is not None:
             raise KernelRefused(reason)
-        return Works([rungs_.bound(self.kernel, call) for call in calls])
+        return Works([rungs_.bound(self.kernel, case, call) for call in calls])
 
     def answers(self, case: Case) -> bool:
         """Whether its output is the answer to the call's own question, and not to one over permuted keys."""

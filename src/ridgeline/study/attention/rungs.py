@@ -21,6 +21,8 @@ from ridgeline.study.attention.tensors import shapes
 LADDER = ("standard", "v1", "v2", "sm90", "triton", "decode", "cuda", "blocked", "fused", "cpu", "reference")
 """The order in which rungs are shown; others come after them by name."""
 STANDARD = "standard"
+WAITING = ("blocked", "reference")
+"""Rungs that read lengths on the host, and so cannot be captured in a CUDA graph."""
 
 
 def rungs(device: torch.device) -> dict[str, Kernel]:
@@ -70,11 +72,42 @@ def refusal(kernel: Kernel, case: Case) -> str | None:
     return None if kernel.accepts is None else kernel.accepts(**shapes(case)._asdict())
 
 
-def bound(kernel: Kernel, call: Call) -> Callable[[], torch.Tensor]:
-    """The rung on these tensors, ready to be called again and again."""
+def bound(kernel: Kernel, case: Case, call: Call) -> Callable[[], torch.Tensor]:
+    """The rung on these tensors, ready to be called again and again.
+
+    `standard` sorts requests by shape on the host before it runs Algorithm 0; here all are alike, so it is given its
+    matrices at once, as one writes it for a batch of sequences, and can be captured like the others.
+    """
+    if kernel.name == STANDARD and kernel.call.__module__.startswith("ridgeline."):
+        return _standard(case, call)
     arguments = call._asdict()
 
     def run() -> torch.Tensor:
         return kernel.call(**arguments)
+
+    return run
+
+
+def _standard(case: Case, call: Call) -> Callable[[], torch.Tensor]:
+    """Algorithm 0 on [B, H, n, D]; keys of a group are repeated, and pages gathered, within what is timed."""
+    from ridgeline.kernels.torch.attention_standard import dense
+
+    q = call.q.view(case.batch, case.new, case.heads, case.head_dim).transpose(1, 2)
+    hidden = None
+    if case.causal and case.new > 1:
+        row = torch.arange(case.visible - case.new, case.visible, device=q.device)[:, None]
+        hidden = torch.arange(case.visible, device=q.device)[None, :] > row
+    tables = None if call.block_tables is None else call.block_tables.long()
+
+    def side(of: torch.Tensor) -> torch.Tensor:
+        if tables is None:
+            found = of.view(case.batch, case.visible, case.kv_heads, case.head_dim).transpose(1, 2)
+        else:
+            found = of[tables].transpose(1, 2).flatten(2, 3)[:, :, : case.visible]
+        return found if call.group == 1 else found.repeat_interleave(call.group, 1)
+
+    def run() -> torch.Tensor:
+        out, _ = dense(q, side(call.k), side(call.v), call.scale, hidden)
+        return out.transpose(1, 2).reshape(-1, case.heads, case.head_dim)
 
     return run
