@@ -208,15 +208,20 @@ def test_traffic_of_the_algorithms() -> None:
     """FlashAttention's passes over O, l and m; FlashAttention-2's tiles; never below the floor."""
     case = Case("sweep", 2, 4, 4, 64, 256, 256, False, "bfloat16")
     call = bench.tensors.shapes(case)
-    side = 2 * 4 * 256 * 64 * 2
-    one_pass = traffic.carried(call, 256)
-    assert one_pass.read_bytes == 2 * side + 2 * side + 2 * 4 * 256 * 8
-    assert one_pass.write_bytes == 2 * (side + 2 * 4 * 256 * 8)
-    assert traffic.carried(call, 64).bytes > 3 * traffic.carried(call, 256).bytes / 2
-    assert traffic.tiled(call, 256) == Cost(0.0, 3 * side, side)
-    assert traffic.tiled(call, 64) == Cost(0.0, side + 4 * 2 * side, side)
+    side, state = 2 * 4 * 256 * 64 * 2, 2 * 4 * 256 * (64 * 4 + 8)
+    assert traffic.carried(call, 256, 64) == Cost(0.0, 3 * side, side)
+    assert traffic.carried(call, 64, 64) == Cost(0.0, 2 * side + 4 * side + 3 * state, 3 * state + side)
+    assert traffic.tiled(call, 256, packed=False) == Cost(0.0, 3 * side, side)
+    assert traffic.tiled(call, 64, packed=False) == Cost(0.0, side + 4 * 2 * side, side)
     causal = bench.tensors.shapes(Case("sweep", 2, 4, 4, 64, 256, 256, True, "bfloat16"))
-    assert traffic.tiled(causal, 64).read_bytes == side + (64 + 128 + 192 + 256) / 256 * 2 * side
+    assert traffic.tiled(causal, 64, packed=False).read_bytes == side + (64 + 128 + 192 + 256) / 256 * 2 * side
+    # Algorithm 1 skips what a block of rows does not see: 1, 2, 3 and 4 passes for the four blocks of rows.
+    assert traffic.carried(causal, 64, 64).read_bytes == 2 * side + 10 / 4 * side + 6 / 4 * state
+    grouped = bench.tensors.shapes(Case("decode", 3, 8, 2, 64, 1, 100, True, "bfloat16"))
+    once = traffic.TRAFFIC["decode"](grouped)
+    assert once.bytes == REGISTRY["attention"].floor(**grouped._asdict()).bytes
+    keys = 2 * 3 * 100 * 2 * 64 * 2
+    assert traffic.tiled(grouped, 16, packed=False).read_bytes == once.read_bytes + 3 * keys
 
 
 TABLE = """==PROF== Connected to process 7

@@ -79,39 +79,81 @@ def counted(kernel: Kernel, call: Call, run: Callable[[], Any]) -> Cost | None:
     return None if table is None else table(call)
 
 
-def tiled(call: Call, rows: int) -> Cost:
-    """FlashAttention-2's order: a tile of `rows` query rows of one head reads every key that it sees, once.
+def tiled(call: Call, rows: int, packed: bool) -> Cost:
+    """FlashAttention-2's order: a tile of `rows` query rows reads every key that any of them sees, once.
 
-    q is read once and the output written once. Query heads of one KV head that share a tile (packed groups) count
-    as its rows. Under a causal mask a tile reads up to its last row's key.
+    q is read once and the output written once. packed: the query heads of a KV head share a tile, so that it holds
+    rows // group tokens and their keys are read once for all of them.
     """
     width = call.q.shape[2] * call.q.element_size()
-    keys = 0.0
+    tokens = max(rows // call.group, 1) if packed else rows
+    keys = 0
     for new, visible in zip(call.spans.new, call.spans.visible):
-        tiles = -(-new // rows)
-        if not call.causal:
-            keys += tiles * visible
-            continue
-        keys += sum(visible - new + min((tile + 1) * rows, new) for tile in range(tiles))
-    read = call.q.shape[0] * call.q.shape[1] * width + 2 * keys * call.q.shape[1] * width
-    return Cost(0.0, read, call.q.shape[0] * call.q.shape[1] * width)
+        for first in range(0, new, tokens):
+            keys += visible - new + min(first + tokens, new) if call.causal else visible
+    heads = call.k.shape[1] if packed else call.q.shape[1]
+    queries = call.q.shape[0] * call.q.shape[1] * width
+    return Cost(0.0, queries + 2 * keys * heads * width, queries)
 
 
-def carried(call: Call, key_rows: int) -> Cost:
-    """FlashAttention's Algorithm 1: keys outside, queries inside, O, l and m read and written in every pass.
+def carried(call: Call, columns: int, rows: int) -> Cost:
+    """FlashAttention's Algorithm 1: keys outside, queries inside; O, l and m go through memory in between.
 
-    key_rows: B_c. K and V are read once a head; Q, O (in the call's dtype), l and m (fp32) in each of the T_c passes.
+    columns, rows: B_c and B_r. K and V are read once a head. In each pass over a block of keys Q is read; O, l and m
+    (fp32) are read in all passes but the first, and written in all but the last, which writes the output.
     """
     heads, head_dim = call.q.shape[1:]
-    item = call.q.element_size()
-    read = write = 0.0
+    item, state = call.q.element_size() * head_dim, 4 * head_dim + 8
+    read = write = 0
     for new, visible in zip(call.spans.new, call.spans.visible):
-        passes = -(-visible // key_rows)
-        row = head_dim * item + 8
-        read += heads * (2 * visible * head_dim * item + passes * new * (head_dim * item + row))
-        write += heads * (passes + 1) * new * row
-    return Cost(0.0, read, write)
+        read += 2 * visible * item
+        for first in range(0, new, rows):
+            count = min(rows, new - first)
+            seen = visible - new + first + count if call.causal else visible
+            passes = max(-(-seen // columns), 1)
+            read += count * (passes * item + (passes - 1) * state)
+            write += count * ((passes - 1) * state + item)
+    return Cost(0.0, heads * read, heads * write)
 
 
-TRAFFIC: dict[str, Callable[[Call], Cost]] = {}
+def _v1(call: Call) -> Cost:
+    from ridgeline.kernels.cuda import attention_v1
+
+    blocks = attention_v1.built(attention_v1.sram(call.q.device), call.q.shape[2])
+    return carried(call, blocks.columns, blocks.rows)
+
+
+def _v2(call: Call) -> Cost:
+    from ridgeline.kernels.cuda import attention_v2
+
+    short = call.q.shape[0] <= attention_v2.SHORT_ROWS * call.lengths.shape[0]
+    tile = (attention_v2.SHORT if short else attention_v2.LONG)[call.q.shape[2]]
+    return tiled(call, tile.rows, packed=False)
+
+
+def _sm90(call: Call) -> Cost:
+    from ridgeline.kernels.cuda import attention_sm90
+
+    return tiled(call, attention_sm90.TILES[call.q.shape[2]].rows, packed=False)
+
+
+def _triton(call: Call) -> Cost:
+    from ridgeline.kernels.triton import attention as triton
+
+    block = max(64, 1 << (call.q.shape[2] - 1).bit_length())
+    return tiled(call, triton.LONG[call.q.element_size(), block].rows, packed=True)
+
+
+def _once(call: Call) -> Cost:
+    """Every key of a request once for all its rows; partial sums of splits are left out."""
+    return tiled(call, max(call.spans.new, default=1) * call.group, packed=True)
+
+
+TRAFFIC: dict[str, Callable[[Call], Cost]] = {
+    "v1": _v1,
+    "v2": _v2,
+    "sm90": _sm90,
+    "triton": _triton,
+    "decode": _once,
+}
 """Counts for rungs that declare none themselves."""
