@@ -86,7 +86,7 @@ class LLM:
         self._defaults = _default_params(generation, directory)
         also_ends = _end_ids(generation, directory)
         with _LoadingBar() as bar:
-            self._built = build(replace(config, model=str(where)), bar.show, bar.compiling)
+            self._built = build(replace(config, model=str(where)), bar.show, bar.compiling, bar.capturing)
         resolved, spec = self._built.config, self._built.spec
         self.intake = Intake(
             self.tokenizer,
@@ -392,10 +392,12 @@ def _end_ids(generation: Mapping[str, Any], directory: Path) -> list[int]:
 
 
 class _LoadingBar:
-    """A bar on the terminal for weights that take longer than a second to load, and for kernels to compile."""
+    """A bar on the terminal for what takes longer than a second: weights to load, decode steps to capture; and
+    one for kernels to compile."""
 
     def __enter__(self) -> _LoadingBar:
         self._bar: Any = None
+        self._graphs: Any = None
         self._kernels: Any = None
         return self
 
@@ -416,10 +418,17 @@ class _LoadingBar:
             self._bar = tqdm(total=total, desc="loading", unit="tensor", delay=1.0, leave=False, disable=None)
         self._bar.update(done - self._bar.n)
 
+    def capturing(self, done: int, total: int) -> None:
+        if self._graphs is None:
+            from tqdm import tqdm
+
+            self._graphs = tqdm(total=total, desc="capturing", unit="size", delay=1.0, leave=False, disable=None)
+        self._graphs.update(done - self._graphs.n)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for bar in (self._bar, self._kernels):
+        for bar in (self._bar, self._graphs, self._kernels):
             if bar is not None:
                 bar.close()
 

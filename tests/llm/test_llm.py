@@ -192,7 +192,7 @@ class Broken(Exception):
 
 def test_an_exception_in_a_step_ends_its_requests_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = llm.built.runner
-    run, steps = runner.run, 0
+    run, steps = runner.start, 0
 
     def breaking(plan: StepPlan) -> Any:
         nonlocal steps
@@ -201,7 +201,7 @@ def test_an_exception_in_a_step_ends_its_requests_alone(llm: LLM, monkeypatch: p
             raise Broken
         return run(plan)
 
-    monkeypatch.setattr(runner, "run", breaking)
+    monkeypatch.setattr(runner, "start", breaking)
     params = SamplingParams(n=3, max_tokens=20, seed=1, ignore_eos=True)
     with pytest.raises(Broken):
         llm.generate(["a", "b"], params, use_tqdm=False)
@@ -241,7 +241,7 @@ def test_an_interrupt_comes_between_steps(llm: LLM, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_second_interrupt_comes_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = llm.built.runner.run
+    run = llm.built.runner.start
     reached = []
 
     def hanging(plan: StepPlan) -> Any:
@@ -252,7 +252,7 @@ def test_a_second_interrupt_comes_at_once(llm: LLM, monkeypatch: pytest.MonkeyPa
         return run(plan)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.built.runner, "run", hanging)
+        patch.setattr(llm.built.runner, "start", hanging)
         with pytest.raises(KeyboardInterrupt):
             llm.generate("a", TEN, use_tqdm=False)
     assert reached == [1]
@@ -450,7 +450,8 @@ def test_each_auto_has_a_reason(llm: LLM, tiny: Path) -> None:
     with LLM(tiny, kernels="reference") as bare:
         reasons = bare.built.config.reasons
     assert set(reasons) == {
-        "device", "dtype", "max_model_len", "max_num_batched_tokens", "enable_prefix_caching", "seed", "num_blocks"
+        "device", "dtype", "max_model_len", "max_num_batched_tokens", "enable_prefix_caching", "seed", "num_blocks",
+        "enforce_eager", "async_scheduling",
     }  # fmt: skip
     assert "dtype" not in llm.built.config.reasons
 

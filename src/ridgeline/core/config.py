@@ -43,7 +43,9 @@ class EngineConfig:
     enable_prefix_caching, enable_chunked_prefill, kv_cache: see docs; all on by default.
     scheduling_policy: fcfs, priority, static.
     load_format: auto, safetensors, or dummy (random weights made on the device).
-    enforce_eager: no CUDA graphs (nothing captures any yet).
+    enforce_eager: no CUDA graphs: decode steps run op by op as all others do.
+    async_scheduling: plan and dispatch a step before the one before it is read, so that the host works while
+        the device does (None: on CUDA).
     seed: of requests without one (None: drawn from the system).
     kernels: which family of kernels serves ("auto": the best that accepts).
     attention_backend: which kernel of attention serves, whatever `kernels` says: a rung of docs/attention.md,
@@ -71,6 +73,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     load_format: str = "auto"
     enforce_eager: bool = False
+    async_scheduling: bool | None = None
     seed: int | None = None
     kernels: str = "auto"
     attention_backend: str = "auto"
@@ -119,14 +122,19 @@ class EngineConfig:
                 raise InvalidArgument(name, f"must be a path or a name, not {value!r}")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise InvalidArgument("seed", f"must be an integer, not {self.seed!r}")
-        flags = ("enable_prefix_caching", "enable_chunked_prefill", "kv_cache", "enforce_eager", "batch_invariant")
+        flags = (
+            "enable_prefix_caching", "enable_chunked_prefill", "kv_cache", "enforce_eager", "async_scheduling",
+            "batch_invariant",
+        )  # fmt: skip
         for name in flags:
-            if name == "enable_prefix_caching" and self.enable_prefix_caching is None:
+            if name in ("enable_prefix_caching", "async_scheduling") and getattr(self, name) is None:
                 continue
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(name, f"must be true or false, not {getattr(self, name)!r}")
         if self.enable_prefix_caching and not self.kv_cache:
             raise InvalidArgument("enable_prefix_caching", "there is no prefix to share with kv_cache=False")
+        if self.async_scheduling and not self.kv_cache:
+            raise InvalidArgument("async_scheduling", "kv_cache=False computes each token from those before, once read")
         if self.speculative_config is not None:
             raise InvalidArgument("speculative_config", "speculation is not available in this version; leave it None")
 
@@ -166,6 +174,8 @@ class Resolved:
     enable_prefix_caching: bool
     enable_chunked_prefill: bool
     kv_cache: bool
+    enforce_eager: bool
+    async_scheduling: bool
     scheduling_policy: str
     seed: int
     max_logprobs: int
@@ -177,9 +187,9 @@ class MemoryLedger:
     """Where the memory goes, in bytes, decided before the first request.
 
     total_bytes: the device's; usable_bytes: what may be in use of it, by the engine and others together;
-    weights, kv, activations (the largest step), rest (what others hold, and libraries). These four are
-    never more than usable_bytes; what is left of it stays free. kv_tokens: slots of the KV pool, in blocks
-    of block_size.
+    weights, kv, activations (the largest step), graphs (captured steps), rest (what others hold, and
+    libraries). These five are never more than usable_bytes; what is left of it stays free. kv_tokens: slots
+    of the KV pool, in blocks of block_size.
     """
 
     total_bytes: int
@@ -191,11 +201,13 @@ class MemoryLedger:
     kv_tokens: int
     bytes_per_token: int
     block_size: int
+    graph_bytes: int = 0
 
     @property
     def free_bytes(self) -> int:
         """What nobody has claimed of usable_bytes."""
-        return self.usable_bytes - self.weight_bytes - self.kv_bytes - self.activation_bytes - self.rest_bytes
+        claimed = self.weight_bytes + self.kv_bytes + self.activation_bytes + self.graph_bytes + self.rest_bytes
+        return self.usable_bytes - claimed
 
     def fits(self, tokens: int) -> int:
         """How many requests of `tokens` tokens are resident at once, each in whole blocks of its own."""

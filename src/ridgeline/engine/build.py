@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -43,11 +43,16 @@ from ridgeline.models.spec import read_config
 from ridgeline.models.weights import Store, load_checkpoint
 from ridgeline.ops import Ops
 from ridgeline.perf.price import Price
+from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
 from ridgeline.run.runner import SCORED_ROWS, Runner
 from ridgeline.schedule import Scheduler, make_policy
 from ridgeline.schedule.policies import POLICIES
 
 DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+WAITING_KERNELS = ("reference", "standard", "blocked", "fused")
+"""Kernels that look at values on the host, so that no graph can hold them."""
+GRAPH_BYTES = 2 << 20
+"""The least that a captured size is taken to hold beside what all share: the driver's unit of memory."""
 
 
 @dataclass
@@ -93,17 +98,20 @@ def build(
     config: EngineConfig,
     progress: Callable[[int, int], None] | None = None,
     compiling: Callable[[str], None] | None = None,
+    capturing: Callable[[int, int], None] | None = None,
 ) -> Built:
-    """Locate, parse, choose kernels, load, size the KV pool, assemble, run each class of work once.
+    """Locate, parse, choose kernels, load, size the KV pool, assemble, run each class of work once, capture.
 
     progress(done, total) counts the checkpoint's tensors; compiling(name) hears of each CPU kernel that
-    is compiled because this machine has not run it before. Raises the errors of core.errors.
+    is compiled because this machine has not run it before; capturing(done, total) counts sizes of decode
+    steps captured as CUDA graphs. Raises the errors of core.errors.
     """
     directory = locate(config.model, config.revision)
     spec = parse_config(read_config(directory), str(directory))
     resolved = _resolve(config, spec)
     device, dtype = torch.device(resolved.device), getattr(torch, resolved.dtype)
     price, table = _price_and_table(config, spec, resolved)
+    resolved = _captured_or_eager(resolved, table)
     model = _load(config, spec, resolved, directory, _packs(config, resolved), progress)
     layout = KVLayout(spec.layers, spec.kv_heads, spec.head_dim, dtype.itemsize, resolved.block_size)
     ledger = _ledger(config, resolved, model, layout, price, table)
@@ -116,6 +124,10 @@ def build(
     runner = Runner(model, pages, table, device, resolved.block_size)
     with _watched(table, compiling):
         _warm_up(runner)
+    if not resolved.enforce_eager:
+        graphs = _decode_graphs(resolved, model, pages, table)
+        graphs.capture(capturing)
+        runner.graphs = graphs
     cache = KVCache(
         block_size=resolved.block_size, num_blocks=blocks, enable_prefix_caching=resolved.enable_prefix_caching
     )
@@ -128,8 +140,35 @@ def build(
         enable_chunked_prefill=resolved.enable_chunked_prefill,
         kv_cache=resolved.kv_cache,
     )
-    engine = Engine(scheduler, TorchExecutor(runner), WallClock())
+    engine = Engine(scheduler, TorchExecutor(runner), WallClock(), overlap=resolved.async_scheduling)
     return Built(engine, resolved, ledger, spec, directory, table, price, runner)
+
+
+def _captured_or_eager(resolved: Resolved, table: Table) -> Resolved:
+    """Whether decode steps can be captured, with the reason if not."""
+    if resolved.enforce_eager:
+        return resolved
+    waiting = sorted({f"{row.kernel} ({row.op})" for row in table.rows if row.kernel in WAITING_KERNELS})
+    if not waiting:
+        return resolved
+    reason = f"{', '.join(waiting)} would wait for the device in the middle of a step"
+    return replace(resolved, enforce_eager=True, reasons={**resolved.reasons, "enforce_eager": reason})
+
+
+def _decode_graphs(
+    resolved: Resolved, model: Decoder, pages: Pages, table: Table, sizes: Sequence[int] | None = None
+) -> DecodeGraphs:
+    """Not captured yet. sizes: other than all that steps may have."""
+    most = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+    return DecodeGraphs(
+        model,
+        pages,
+        table.ops("decode"),
+        torch.device(resolved.device),
+        resolved.block_size,
+        sizes or sizes_up_to(most),
+        -(-resolved.max_model_len // resolved.block_size),
+    )
 
 
 def _spare_page_faults(pages: Pages) -> None:
@@ -240,6 +279,12 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
         reasons["max_num_batched_tokens"] = f"default on {kind}"
         if not config.enable_chunked_prefill and batched < length:
             batched, reasons["max_num_batched_tokens"] = length, "a whole prompt must fit without chunked prefill"
+    eager, overlap = config.enforce_eager, config.async_scheduling
+    if not eager and kind == "cpu":
+        eager, reasons["enforce_eager"] = True, "a CPU has no graphs"
+    if overlap is None:
+        overlap = kind == "cuda" and config.kv_cache
+        reasons["async_scheduling"] = "the host works while the device does" if overlap else f"off on {device}"
     caching = config.enable_prefix_caching
     if caching is None:
         caching = config.kv_cache
@@ -258,6 +303,8 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
         enable_prefix_caching=caching,
         enable_chunked_prefill=config.enable_chunked_prefill,
         kv_cache=config.kv_cache,
+        enforce_eager=eager,
+        async_scheduling=overlap,
         scheduling_policy=config.scheduling_policy,
         seed=seed,
         max_logprobs=config.max_logprobs,
@@ -329,6 +376,7 @@ def _trace(price: Price, work: str, resolved: Resolved, ops: Ops) -> None:
     rows = len(new)
     logits = empty(rows, price.model.spec.vocabulary, dtype=getattr(torch, resolved.dtype))
     floats, longs = empty(rows, dtype=torch.float32), empty(rows)
+    ops.feed(longs, longs, longs, price.model.spec.vocabulary)
     ops.adjust(logits, longs, longs, floats, floats, floats, floats, floats, longs, longs, floats)
     ops.score(logits, longs, 1)
     ops.kv_move(price.pages, empty(1), empty(1))
@@ -339,29 +387,31 @@ def _ledger(
 ) -> MemoryLedger:
     """Sizes of everything, before any of it is needed. DoesNotFit if one request of full length cannot run."""
     device = torch.device(resolved.device)
-    activations = _activation_bytes(resolved, model.spec, price, table)
+    activations, graphs = _activation_bytes(resolved, model.spec, price, table), 0
     if device.type == "cuda":
         activations = max(activations, _measured_activations(resolved, model, layout, table, device))
+        graphs = 0 if resolved.enforce_eager else _measured_graphs(resolved, model, layout, table, device)
         gc.collect()
     total, available = device_memory_bytes(device)
     weights = model.store.nbytes
     rest = max(total - available - weights, 0) + (LIBRARY_BYTES if device.type == "cuda" else 0)
     usable = int(total * config.gpu_memory_utilization) if device.type == "cuda" else total
     one = layout.blocks_for(resolved.max_model_len) * layout.bytes_per_block
-    most = usable - rest - weights - activations
+    most = usable - rest - weights - activations - graphs
     room = most
     if config.kv_cache_memory_bytes is not None:
-        most = total - rest - weights - activations
+        most = total - rest - weights - activations - graphs
         room = config.kv_cache_memory_bytes
-        usable = max(usable, min(total, rest + weights + activations + room))
+        usable = max(usable, min(total, rest + weights + activations + graphs + room))
     elif device.type == "cpu":
         room = min(max(int(available * CPU_POOL_SHARE), one), max(CPU_POOL_LIMIT_BYTES, one), most)
         room = min(room, one * resolved.max_num_seqs)
     if room > most or room < one:
         raise DoesNotFit(
             f"the KV pool would have {size(max(room, 0))}: one request of max_model_len {resolved.max_model_len} "
-            f"needs {size(one)}, and beside weights ({size(weights)}), activations ({size(activations)}) and what "
-            f"others hold ({size(rest)}) {resolved.device} has room for {size(max(most, 0))}; lower max_model_len "
+            f"needs {size(one)}, and beside weights ({size(weights)}), activations "
+            f"({size(activations)}){f', CUDA graphs ({size(graphs)})' if graphs else ''} and what others hold "
+            f"({size(rest)}) {resolved.device} has room for {size(max(most, 0))}; lower max_model_len "
             "or max_num_batched_tokens, or change kv_cache_memory_bytes or gpu_memory_utilization"
         )
     blocks = layout.blocks_within(room)
@@ -375,6 +425,7 @@ def _ledger(
         kv_tokens=blocks * layout.block_size,
         bytes_per_token=layout.bytes_per_token,
         block_size=layout.block_size,
+        graph_bytes=graphs,
     )
 
 
@@ -418,3 +469,24 @@ def _measured_activations(
     del runner, pages
     torch.cuda.empty_cache()
     return peak
+
+
+def _measured_graphs(resolved: Resolved, model: Decoder, layout: KVLayout, table: Table, device: torch.device) -> int:
+    """Capture the largest and the smallest size over a scratch block; the others are like the smallest.
+
+    They share the memory that the largest needs between its kernels, so each adds its own description alone.
+    """
+    pages = Pages(layout, 1, device, model.store.dtype)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before = device_memory_bytes(device)[1]
+    sizes = sizes_up_to(min(resolved.max_num_seqs, resolved.max_num_batched_tokens))
+    graphs = _decode_graphs(resolved, model, pages, table, sorted({sizes[0], sizes[-1]}))
+    seen: list[int] = []
+    graphs.capture(lambda done, total: seen.append(device_memory_bytes(device)[1]))
+    used = before - device_memory_bytes(device)[1]
+    each = max(seen[0] - seen[-1], GRAPH_BYTES)
+    graphs.release()
+    del graphs, pages
+    torch.cuda.empty_cache()
+    return max(used, 0) + max(len(sizes) - 2, 0) * each

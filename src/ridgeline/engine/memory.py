@@ -118,12 +118,14 @@ def ledger_rows(ledger: MemoryLedger, config: Resolved) -> list[tuple[str, int, 
     """The ledger line by line: (what, bytes, remark), top down from the device's memory to what stays free."""
     length = config.max_model_len
     fits = f"fits {ledger.fits(length)} requests of {length} tokens"
+    graphs = [("CUDA graphs", ledger.graph_bytes, "decode steps captured at fixed sizes")]
     return [
         ("device", ledger.total_bytes, config.device),
         ("usable", ledger.usable_bytes, "by the engine and all others"),
         ("weights", ledger.weight_bytes, config.dtype),
         ("KV cache", ledger.kv_bytes, f"{ledger.kv_tokens} tokens of {size(ledger.bytes_per_token)}: {fits}"),
         ("activations", ledger.activation_bytes, f"the largest step, {config.max_num_batched_tokens} tokens"),
+        *(graphs if ledger.graph_bytes else ()),
         ("rest", ledger.rest_bytes, "what others hold, and libraries"),
         ("free", ledger.free_bytes, "claimed by nobody"),
     ]

@@ -1,38 +1,26 @@
 """Runs StepPlans on a device with torch.
 
-Knows the Runner and how to time it. It must not know requests.
+Knows the Runner. It must not know requests.
 """
 
 from __future__ import annotations
 
-import time
-
-from ridgeline.core.step import StepPlan, StepResult
-from ridgeline.run.runner import Runner
-
-
-class TorchHandle:
-    """A finished step (results are on the host when `run` returns)."""
-
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
-
-    def result(self) -> StepResult:
-        return self._result
+from ridgeline.core.step import StepPlan
+from ridgeline.run.runner import Runner, Step
 
 
 class TorchExecutor:
-    """An Executor around a Runner; device_s is the time from dispatch to the results on the host."""
+    """An Executor around a Runner; device_s is the device's own time, from a step's first copy to its last."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner: Runner | None = runner
 
-    def run(self, plan: StepPlan) -> TorchHandle:
+    def run(self, plan: StepPlan) -> Step:
         assert self.runner is not None, "the executor is closed"
-        start = time.perf_counter()
-        result = self.runner.run(plan)
-        result.device_s = time.perf_counter() - start
-        return TorchHandle(result)
+        return self.runner.start(plan)
 
     def close(self) -> None:
+        """Wait for what is under way, and let go of all."""
+        if self.runner is not None:
+            self.runner.close()
         self.runner = None

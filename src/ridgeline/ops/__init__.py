@@ -5,6 +5,7 @@ Importing this package fills the registry. It must not know which kernel serves 
 
 from ridgeline.ops.attention import attention
 from ridgeline.ops.embed import embed
+from ridgeline.ops.feed import feed
 from ridgeline.ops.kv_move import kv_move
 from ridgeline.ops.linear import linear
 from ridgeline.ops.mlp import gate, gated_linear
@@ -23,6 +24,7 @@ __all__ = [
     "adjust",
     "attention",
     "embed",
+    "feed",
     "gate",
     "gated_linear",
     "kv_move",

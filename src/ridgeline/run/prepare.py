@@ -1,18 +1,19 @@
 """StepPlan -> Batch and sampling inputs, on any device.
 
-All integers of a step are laid into two host arrays and sent in two copies. Knows plans and tensor
+The integers of a step are laid into few host arrays, each sent in one copy. Knows plans and tensor
 layouts. It must not know models, nor who decided the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ridgeline.core.step import Chunk, Sampling, Spans, StepPlan
+from ridgeline.core.request import SamplingParams
+from ridgeline.core.step import UNREAD, Chunk, Sampling, Spans, StepPlan
 from ridgeline.models.batch import Batch
 
 
@@ -50,7 +51,8 @@ class Prepared:
     """A step ready to run.
 
     The first `samples.count` rows of the batch are sampled; behind them come the rows of prompt tokens
-    to be scored, against `targets`, request by request as `scored` counts them.
+    to be scored, against `targets`, request by request as `scored` counts them. sources: [T] int64, the rows
+    of the last step's tokens that stand for UNREAD ones, negative elsewhere; None if all ids are known.
     """
 
     batch: Batch
@@ -58,10 +60,14 @@ class Prepared:
     sampled_ids: list[str]
     targets: torch.Tensor | None
     scored: list[tuple[str, int, int]]
+    sources: torch.Tensor | None
 
 
-def prepare(plan: StepPlan, device: torch.device, block_size: int) -> Prepared:
-    """Tensors of a step. Every chunk's tokens go one after the other, in the plan's order."""
+def prepare(plan: StepPlan, device: torch.device, block_size: int, places: Mapping[str, int] | None = None) -> Prepared:
+    """Tensors of a step. Every chunk's tokens go one after the other, in the plan's order.
+
+    places: row of each request among the tokens that the last step sampled.
+    """
     chunks = plan.chunks
     starts = [0]
     for chunk in chunks:
@@ -79,20 +85,18 @@ def prepare(plan: StepPlan, device: torch.device, block_size: int) -> Prepared:
             target_ids.extend(chunk.targets)
             scored.append((chunk.request_id, len(chunk.targets), chunk.prompt_logprobs))
 
-    count, total_rows = len(settings), len(rows)
-    long = np.empty(3 * tokens + total_rows + len(target_ids) + 3 * count, dtype=np.int64)
+    total_rows = len(rows)
+    long = np.empty(3 * tokens + total_rows + len(target_ids), dtype=np.int64)
     _fill_tokens(long[: 3 * tokens], chunks, starts, block_size)
     tail = long[3 * tokens :]
     tail[:total_rows] = rows
     tail[total_rows : total_rows + len(target_ids)] = target_ids
-    _fill_settings(tail[total_rows + len(target_ids) :], settings)
     short = np.zeros(requests * width + 2 * requests + 1, dtype=np.int32)
     _fill_requests(short, chunks, starts, width)
 
-    wide, narrow = _send(long, device), _send(short, device)
+    wide, narrow = send(long, device), send(short, device)
     ids, positions, slots = wide[: 3 * tokens].view(3, tokens)
-    row_ids, targets, numbers = wide[3 * tokens :].split((total_rows, len(target_ids), 3 * count))
-    top_k, seeds, places = numbers.view(3, count)
+    row_ids, targets = wide[3 * tokens :].split((total_rows, len(target_ids)))
     every_row = total_rows == tokens and rows == list(range(tokens))
     batch = Batch(
         spans=Spans(tuple(len(c.token_ids) for c in chunks), tuple(c.visible for c in chunks)),
@@ -105,11 +109,30 @@ def prepare(plan: StepPlan, device: torch.device, block_size: int) -> Prepared:
         lengths=narrow[requests * width + requests + 1 :],
         rows=None if every_row else row_ids,
     )
-    samples = _sample_inputs(settings, top_k, seeds, places, device)
-    return Prepared(batch, samples, [c.request_id for _, c in sampled], targets if target_ids else None, scored)
+    return Prepared(
+        batch=batch,
+        samples=sample_inputs(settings, device),
+        sampled_ids=[c.request_id for _, c in sampled],
+        targets=targets if target_ids else None,
+        scored=scored,
+        sources=_sources(chunks, starts, places or {}, device),
+    )
 
 
-def _send(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def _sources(
+    chunks: Sequence[Chunk], starts: list[int], places: Mapping[str, int], device: torch.device
+) -> torch.Tensor | None:
+    late = [(starts[i + 1] - 1, places[c.request_id]) for i, c in enumerate(chunks) if c.token_ids[-1] == UNREAD]
+    if not late:
+        return None
+    sources = np.full(starts[-1], -1, dtype=np.int64)
+    rows, found = zip(*late)
+    sources[list(rows)] = found
+    return send(sources, device)
+
+
+def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on a device, without waiting for it. It must not be changed afterwards."""
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
@@ -145,35 +168,29 @@ def _fill_requests(out: np.ndarray, chunks: Sequence[Chunk], starts: list[int], 
     out[requests * width + requests + 1 :] = [chunk.visible for chunk in chunks]
 
 
-def _fill_settings(out: np.ndarray, settings: Sequence[Sampling]) -> None:
-    """top_k, seeds and positions, [3, S]."""
-    count = len(settings)
-    for index, one in enumerate(settings):
-        out[index] = max(one.params.top_k, 0)
-        out[count + index] = one.seed
-        out[2 * count + index] = one.position
-
-
-def _sample_inputs(
-    settings: Sequence[Sampling],
-    top_k: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    device: torch.device,
-) -> SampleInputs:
+def sample_inputs(settings: Sequence[Sampling], device: torch.device) -> SampleInputs:
+    """How rows are chosen, one for each of `settings`."""
     params = [one.params for one in settings]
     greedy = all(one.temperature == 0 for one in params)
-    cut = any(one.temperature > 0 and (one.top_k > 0 or one.top_p < 1 or one.min_p > 0) for one in params)
     asked = [one.logprobs for one in params if one.logprobs is not None]
+    integers = np.array(
+        [
+            [max(one.top_k, 0) for one in params],
+            [one.seed for one in settings],
+            [one.position for one in settings],
+        ],
+        dtype=np.int64,
+    )
     floats = np.array(
         [[one.temperature for one in params], [one.top_p for one in params], [one.min_p for one in params]],
         dtype=np.float32,
     )
-    temperature, top_p, min_p = _send(floats, device)
+    top_k, seeds, positions = send(integers, device)
+    temperature, top_p, min_p = send(floats, device)
     return SampleInputs(
         count=len(params),
         greedy=greedy,
-        cut=cut,
+        cut=any(map(cuts, params)),
         alternatives=max(asked) if asked else None,
         penalties=_penalties(settings, device),
         temperature=temperature,
@@ -185,6 +202,21 @@ def _sample_inputs(
     )
 
 
+def cuts(params: SamplingParams) -> bool:
+    """Whether top-k, top-p or min-p leave some tokens out."""
+    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+
+
+def penalizes(params: SamplingParams) -> bool:
+    """Whether tokens that were there before count."""
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
+def adjusts(sampling: Sampling) -> bool:
+    """Whether logits are changed before a token is chosen from them."""
+    return bool(sampling.params.logit_bias or sampling.forbidden or penalizes(sampling.params))
+
+
 def _penalties(settings: Sequence[Sampling], device: torch.device) -> Penalties | None:
     """Entries for the op `adjust`, or None if every row's logits stay as they are."""
     seen: list[tuple[int, int, int]] = []
@@ -193,7 +225,7 @@ def _penalties(settings: Sequence[Sampling], device: torch.device) -> Penalties 
         params = one.params
         biases.extend((row, token, value) for token, value in (params.logit_bias or {}).items())
         biases.extend((row, token, float("-inf")) for token in one.forbidden)
-        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+        if penalizes(params):
             counts: dict[int, int] = dict.fromkeys(one.tokens[: one.prompt_len], 0)
             for token in one.tokens[one.prompt_len :]:
                 counts[token] = counts.get(token, 0) + 1
@@ -212,12 +244,12 @@ def _penalties(settings: Sequence[Sampling], device: torch.device) -> Penalties 
         ],
         dtype=np.float32,
     )
-    presence, frequency, repetition = _send(rates, device)
+    presence, frequency, repetition = send(rates, device)
     seen_places, added = (
-        _send(np.ascontiguousarray(places.T), device),
-        _send(np.ascontiguousarray(bias_places.T), device),
+        send(np.ascontiguousarray(places.T), device),
+        send(np.ascontiguousarray(bias_places.T), device),
     )
-    counted = _send(times, device)
+    counted = send(times, device)
     return Penalties(
         (
             seen_places[0],
@@ -229,6 +261,6 @@ def _penalties(settings: Sequence[Sampling], device: torch.device) -> Penalties 
             repetition,
             added[0],
             added[1],
-            _send(bias_values, device),
+            send(bias_values, device),
         )
     )

@@ -1,81 +1,101 @@
-"""Running a prepared step on a device: forward, sampling, scores.
+"""Running a step on a device: forward, sampling, scores.
 
 Knows the model, its pages and its ops. It must not know scheduling: it gets a StepPlan and answers with
 a StepResult.
+
+`start` puts all of a step's work on the device and returns; nothing waits for the device until `Step.result`.
+What was sampled stays on the device, where the next step finds it.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 
 from ridgeline.core.errors import CheckpointError
-from ridgeline.core.step import StepPlan, StepResult, TokenScore
+from ridgeline.core.step import Sampling, StepPlan, StepResult, TokenScore
 from ridgeline.kernels.select import Table
 from ridgeline.kv.pages import Pages
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
-from ridgeline.run.prepare import Prepared, SampleInputs, prepare
+from ridgeline.run.graphs import DecodeGraphs
+from ridgeline.run.prepare import Prepared, SampleInputs, prepare, sample_inputs, send
 
 SCORED_ROWS = 256
 """Prompt rows whose logits exist at once: bounds memory, not speed."""
 
 
-class Runner:
-    """A model on a device with its KV pages and its table of kernels."""
+Scores = tuple[torch.Tensor, ...]
+"""What the op `score` returns: log-probability, rank, values and ids of the likeliest, on the host."""
 
-    def __init__(self, model: Decoder, pages: Pages, table: Table, device: torch.device, block_size: int) -> None:
-        self.model = model
-        self.pages = pages
-        self.table = table
-        self.device = device
-        self.block_size = block_size
 
-    @torch.inference_mode()
-    def run(self, plan: StepPlan, ops: Ops | None = None) -> StepResult:
-        """One step. `ops` replaces the table's (to observe them)."""
-        ready = prepare(plan, self.device, self.block_size)
-        ops = ops or self.table.ops(plan.kind)
-        if plan.copies:
-            self._copy_blocks(plan, ops)
-        hidden = self.model.forward(ready.batch, self.pages.keys, self.pages.values, ops)
-        count = ready.samples.count
-        result = StepResult()
-        tokens: list[int] = []
-        scores = None
-        if count:
-            logits = self.model.logits(hidden if count == hidden.shape[0] else hidden[:count], ops)
-            chosen = choose(logits, ready.samples, ops)
-            tokens = self._checked(chosen.tolist())
-            if ready.samples.alternatives is not None:
-                scores = ops.score(logits, chosen, ready.samples.alternatives)
-        if ready.targets is not None:
-            result.prompt_scores = self._prompt_scores(hidden[count:], ready, ops)
-        if count:
-            result.sampled = _token_scores(ready.sampled_ids, tokens, scores, plan)
+@dataclass(slots=True)
+class Step:
+    """A step under way. Tensors are on the host, or on their way there until `done`.
+
+    names: requests that get a token, rows: theirs in `tokens` (None: 0, 1, ...). asked: alternatives that each
+    wants, None for no log-probabilities. scored: (request, prompt tokens, alternatives), one after the other in
+    `prompt_parts`, each of which is the targets of a slice and their scores.
+    """
+
+    vocabulary: int
+    dtype: torch.dtype
+    names: list[str] = field(default_factory=list)
+    rows: list[int] | None = None
+    asked: list[int | None] = field(default_factory=list)
+    tokens: torch.Tensor | None = None
+    scores: Scores | None = None
+    scored: list[tuple[str, int, int]] = field(default_factory=list)
+    prompt_parts: list[tuple[torch.Tensor, Scores]] = field(default_factory=list)
+    padding: int = 0
+    began: torch.cuda.Event | None = None
+    done: torch.cuda.Event | None = None
+    device_s: float = 0.0
+
+    def result(self) -> StepResult:
+        """Wait for the step. Raises CheckpointError if its logits were not numbers."""
+        if self.done is not None and self.began is not None:
+            self.done.synchronize()
+            self.device_s = self.began.elapsed_time(self.done) / 1e3
+        result = StepResult(device_s=self.device_s, padding=self.padding)
+        if self.tokens is not None and self.names:
+            tokens = self.tokens.tolist()
+            if self.rows is not None:
+                tokens = [tokens[row] for row in self.rows]
+            result.sampled = self._sampled(self._checked(tokens))
+        if self.scored:
+            result.prompt_scores = self._prompt_scores()
         return result
 
     def _checked(self, tokens: list[int]) -> list[int]:
         """Chosen tokens. Where every comparison with NaN is false, `sample` finds none in the vocabulary."""
-        if not 0 <= min(tokens) <= max(tokens) < self.model.spec.vocabulary:
+        if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
             raise CheckpointError(
-                f"the model's logits are not numbers (NaN): its weights are damaged, or {self.model.store.dtype} "
+                f"the model's logits are not numbers (NaN): its weights are damaged, or {self.dtype} "
                 "overflows; try dtype='float32' or 'bfloat16'"
             )
         return tokens
 
-    def _copy_blocks(self, plan: StepPlan, ops: Ops) -> None:
-        source, target = torch.tensor(plan.copies, dtype=torch.int64, device=self.device).T
-        ops.kv_move([*self.pages.keys, *self.pages.values], source, target)
+    def _sampled(self, tokens: list[int]) -> dict[str, TokenScore]:
+        """By request. Rows that asked for no log-probabilities get none."""
+        if self.scores is None:
+            return {name: TokenScore(token) for name, token in zip(self.names, tokens)}
+        result = {}
+        for name, wanted, one in zip(self.names, self.asked, _token_scores(tokens, self.scores)):
+            result[name] = TokenScore(one.token) if wanted is None else one
+            result[name].top = () if wanted is None else one.top[:wanted]
+        return result
 
-    def _prompt_scores(self, hidden: torch.Tensor, ready: Prepared, ops: Ops) -> dict[str, list[TokenScore]]:
-        assert ready.targets is not None
-        most = max(alternatives for _, _, alternatives in ready.scored)
+    def _prompt_scores(self) -> dict[str, list[TokenScore]]:
         flat: list[TokenScore] = []
-        for first in range(0, hidden.shape[0], SCORED_ROWS):
-            targets = ready.targets[first : first + SCORED_ROWS]
-            flat.extend(self._scored(hidden[first : first + SCORED_ROWS], targets, most, ops))
+        for targets, scores in self.prompt_parts:
+            flat.extend(_token_scores(targets.tolist(), scores))
         result, start = {}, 0
-        for request_id, rows, alternatives in ready.scored:
+        for request_id, rows, alternatives in self.scored:
             own = flat[start : start + rows]
             start += rows
             for one in own:
@@ -83,9 +103,137 @@ class Runner:
             result[request_id] = own
         return result
 
-    def _scored(self, hidden: torch.Tensor, targets: torch.Tensor, most: int, ops: Ops) -> list[TokenScore]:
+
+class Runner:
+    """A model on a device with its KV pages and its table of kernels.
+
+    graphs: serve the decode steps that they can; None: every step runs op by op.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        pages: Pages,
+        table: Table,
+        device: torch.device,
+        block_size: int,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self.model = model
+        self.pages = pages
+        self.table = table
+        self.device = device
+        self.block_size = block_size
+        self.graphs = graphs
+        self._tokens = torch.zeros(1, dtype=torch.int64, device=device)  # of the last step, row by row
+        self._places: dict[str, int] = {}  # whose row is which
+
+    def run(self, plan: StepPlan, ops: Ops | None = None) -> StepResult:
+        """One step, and wait for it. `ops` replaces the table's, to observe them, and captured steps with them."""
+        return self.start(plan, ops).result()
+
+    @torch.inference_mode()
+    def start(self, plan: StepPlan, ops: Ops | None = None) -> Step:
+        """Put a step on the device. Steps run in the order in which they are started."""
+        step = Step(self.model.spec.vocabulary, self.model.store.dtype)
+        start_s = time.perf_counter()
+        if self.device.type == "cuda":
+            step.began = torch.cuda.Event(enable_timing=True)
+            step.began.record()
+        if plan.copies:
+            source, target = send(np.array(plan.copies, dtype=np.int64).T.copy(), self.device)
+            (ops or self.table.ops(plan.kind)).kv_move([*self.pages.keys, *self.pages.values], source, target)
+        if ops is None and self.graphs is not None and self.graphs.serves(plan.chunks):
+            self._replay(plan, step, self.graphs)
+        else:
+            self._compute(plan, step, ops or self.table.ops(plan.kind))
+        if step.began is not None:
+            step.done = torch.cuda.Event(enable_timing=True)
+            step.done.record()
+        step.device_s = time.perf_counter() - start_s  # a CPU is done by now
+        return step
+
+    def close(self) -> None:
+        """Wait for steps under way and give the graphs' memory back. No step may follow."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.graphs is not None:
+            self.graphs.release()
+            self.graphs = None
+
+    def _compute(self, plan: StepPlan, step: Step, ops: Ops) -> None:
+        """Any step, op by op."""
+        ready = prepare(plan, self.device, self.block_size, self._places)
+        batch = ready.batch
+        if ready.sources is not None:
+            batch.ids = ops.feed(batch.ids, ready.sources, self._tokens, self.model.spec.vocabulary)
+        hidden = self.model.forward(batch, self.pages.keys, self.pages.values, ops)
+        count = ready.samples.count
+        if count:
+            step.names = ready.sampled_ids
+            step.asked = [c.sampling.params.logprobs for c in plan.chunks if c.sampling is not None]
+            chosen = self._choose(step, hidden if count == hidden.shape[0] else hidden[:count], ready.samples, ops)
+            self._keep(chosen, step.names)
+        if ready.targets is not None:
+            step.scored = ready.scored
+            self._score_prompts(step, hidden[count:], ready, ops)
+
+    def _replay(self, plan: StepPlan, step: Step, graphs: DecodeGraphs) -> None:
+        """A step of decoding at a captured size."""
+        chunks = plan.chunks
+        launched = graphs.launch(chunks, self._places)
+        step.padding = launched.padding
+        step.names = [chunk.request_id for chunk in chunks if chunk.sampling is not None]
+        if len(step.names) < len(chunks):
+            step.rows = [row for row, chunk in enumerate(chunks) if chunk.sampling is not None]
+        if launched.tokens is not None:
+            step.tokens = _to_host(launched.tokens)
+            self._tokens, self._places = graphs.sampled, {name: row for row, name in enumerate(_names(plan))}
+            return
+        hidden = launched.hidden
+        if step.rows is not None:
+            hidden, step.rows = hidden[send(np.array(step.rows, dtype=np.int64), self.device)], None
+        settings: list[Sampling] = [chunk.sampling for chunk in chunks if chunk.sampling is not None]
+        step.asked = [one.params.logprobs for one in settings]
+        inputs = sample_inputs(settings, self.device)
+        self._keep(self._choose(step, hidden, inputs, self.table.ops("decode")), step.names)
+
+    def _keep(self, chosen: torch.Tensor, names: Sequence[str]) -> None:
+        """The next step finds its tokens here, captured ones at their own fixed place."""
+        self._tokens, self._places = chosen, {name: row for row, name in enumerate(names)}
+        if self.graphs is not None:
+            self.graphs.sampled[: len(names)].copy_(chosen)
+
+    def _choose(self, step: Step, hidden: torch.Tensor, inputs: SampleInputs, ops: Ops) -> torch.Tensor:
+        """Tokens of rows of hidden states [S, D], [S] on the device; what the step tells of them is on its way."""
+        logits = self.model.logits(hidden, ops)
+        chosen = choose(logits, inputs, ops)
+        step.tokens = _to_host(chosen)
+        if inputs.alternatives is not None:
+            tokens = chosen.clamp(max=logits.shape[1] - 1)  # NaN has chosen none, which `result` will say
+            step.scores = tuple(map(_to_host, ops.score(logits, tokens, inputs.alternatives)))
+        return chosen
+
+    def _score_prompts(self, step: Step, hidden: torch.Tensor, ready: Prepared, ops: Ops) -> None:
+        assert ready.targets is not None
+        most = max(alternatives for _, _, alternatives in ready.scored)
+        for first in range(0, hidden.shape[0], SCORED_ROWS):
+            targets = ready.targets[first : first + SCORED_ROWS]
+            scores = self._scored(hidden[first : first + SCORED_ROWS], targets, most, ops)
+            step.prompt_parts.append((_to_host(targets), scores))
+
+    def _scored(self, hidden: torch.Tensor, targets: torch.Tensor, most: int, ops: Ops) -> Scores:
         """One slice, in a function of its own: its logits are gone before those of the next are there."""
-        return _scores(targets.tolist(), ops.score(self.model.logits(hidden, ops), targets, most))
+        return tuple(map(_to_host, ops.score(self.model.logits(hidden, ops), targets, most)))
+
+
+def _names(plan: StepPlan) -> list[str]:
+    return [chunk.request_id for chunk in plan.chunks]
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, in pinned memory and without waiting where the device is a GPU."""
+    return tensor.to("cpu", non_blocking=True, copy=True)
 
 
 def choose(logits: torch.Tensor, inputs: SampleInputs, ops: Ops) -> torch.Tensor:
@@ -105,24 +253,9 @@ def choose(logits: torch.Tensor, inputs: SampleInputs, ops: Ops) -> torch.Tensor
     )
 
 
-def _scores(tokens: list[int], scores: tuple[torch.Tensor, ...]) -> list[TokenScore]:
+def _token_scores(tokens: Sequence[int], scores: Scores) -> list[TokenScore]:
     logprobs, ranks, values, ids = (one.tolist() for one in scores)
     return [
         TokenScore(token, logprobs[row], ranks[row], tuple(zip(ids[row], values[row])))
         for row, token in enumerate(tokens)
     ]
-
-
-def _token_scores(
-    names: list[str], tokens: list[int], scores: tuple[torch.Tensor, ...] | None, plan: StepPlan
-) -> dict[str, TokenScore]:
-    """By request. Rows that asked for no log-probabilities get none."""
-    if scores is None:
-        return {name: TokenScore(token) for name, token in zip(names, tokens)}
-    asked = {c.request_id: c.sampling.params.logprobs for c in plan.chunks if c.sampling is not None}
-    result = {}
-    for name, one in zip(names, _scores(tokens, scores)):
-        wanted = asked[name]
-        result[name] = TokenScore(one.token) if wanted is None else one
-        result[name].top = () if wanted is None else one.top[:wanted]
-    return result

@@ -1,0 +1,241 @@
+"""Decode steps at a few fixed sizes, captured once as CUDA graphs and replayed.
+
+Knows how a decode step runs on inputs at fixed places, and how to capture it. It must not know scheduling, nor
+which kernels serve. A step of n requests runs at the smallest size that holds them; the rows beyond are padding
+(run/places.py), a cost that the step's result names.
+
+A size has two graphs. The first goes from ids to final hidden states; the second from hidden states to chosen
+tokens. Rows whose token takes more than that (cuts of the distribution, penalties, forbidden tokens,
+log-probabilities) leave the second one out: their logits are computed as in any other step.
+
+All sizes share one pool of memory for what lies between two kernels, since no two of them ever run at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ridgeline.core.errors import KernelRefused
+from ridgeline.core.step import Chunk, Spans
+from ridgeline.kv.pages import Pages
+from ridgeline.models.batch import Batch
+from ridgeline.models.decoder import Decoder
+from ridgeline.ops import Ops
+from ridgeline.run.places import Fields, Staging, layout, on_device
+
+FINEST = 8
+"""Sizes above 8 are multiples of this, and no further apart than a quarter of the power of two below them."""
+
+
+def sizes_up_to(most: int) -> tuple[int, ...]:
+    """Numbers of rows to capture for steps of at most `most` requests: 1, 2, 4, 8, 16, 24, 32, ... and `most`.
+
+    Above 8, less than a fifth of a step, or fewer than 8 rows, is padding.
+    """
+    sizes = [1]
+    while sizes[-1] < most:
+        last = sizes[-1]
+        sizes.append(min(last + (last if last < FINEST else max(FINEST, (1 << (last.bit_length() - 1)) // 4)), most))
+    return tuple(sizes)
+
+
+@dataclass(slots=True)
+class _Size:
+    """One captured size: its device inputs, its graphs (None where nothing is captured), its host sides by turn."""
+
+    rows: int
+    fields: Fields
+    batch: Batch
+    staging: tuple[Staging, ...]
+    forward: torch.cuda.CUDAGraph | None = None
+    choice: torch.cuda.CUDAGraph | None = None
+
+
+@dataclass(slots=True)
+class Replayed:
+    """A step that has been launched: how many rows were padding, and its n tokens [n] on the device or None, if
+    they are still to be chosen from `hidden` [n, D]."""
+
+    padding: int
+    hidden: torch.Tensor
+    tokens: torch.Tensor | None
+
+
+class DecodeGraphs:
+    """Decode steps of a model at fixed sizes.
+
+    sizes: rows of each, ascending. width: blocks of a request's table, enough for its longest sequence.
+    Nothing is captured until `capture` is called; until then, and on devices without graphs, the same steps
+    run op by op.
+    """
+
+    TURNS = 2
+    """Host sides of each size: one may still be on its way to the device while the next is written."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        pages: Pages,
+        ops: Ops,
+        device: torch.device,
+        block_size: int,
+        sizes: Sequence[int],
+        width: int,
+    ) -> None:
+        self.model, self.pages, self.ops, self.device = model, pages, ops, device
+        self.sizes = tuple(sizes)
+        most, spec = self.sizes[-1], model.spec
+        pinned = device.type == "cuda"
+        total = layout(most, width)[1]
+        self._memory = torch.zeros(total, dtype=torch.uint8, device=device)
+        self._host = [torch.zeros(total, dtype=torch.uint8, pin_memory=pinned) for _ in range(self.TURNS)]
+        self._sent: list[torch.cuda.Event | None] = [None] * self.TURNS
+        self._writer: list[int | None] = [None] * self.TURNS
+        self._turn = 0
+        starts = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self.sampled = torch.zeros(most, dtype=torch.int64, device=device)
+        self.hidden = torch.zeros(most, spec.hidden, dtype=model.store.dtype, device=device)
+        self._zeros = torch.zeros(most, dtype=torch.int64, device=device)
+        self._floats = torch.zeros(most, dtype=torch.float32, device=device)
+        self._sizes: dict[int, _Size] = {}
+        for rows in self.sizes:
+            fields = on_device(self._memory, rows, width)
+            batch = Batch(
+                spans=Spans((1,) * rows, (width * block_size,) * rows),
+                kind="decode",
+                ids=fields.ids,
+                positions=fields.positions,
+                slots=fields.slots,
+                block_tables=fields.tables,
+                query_starts=starts[: rows + 1],
+                lengths=fields.lengths,
+                rows=None,
+            )
+            staging = tuple(Staging(host, rows, width, block_size) for host in self._host)
+            self._sizes[rows] = _Size(rows, fields, batch, staging)
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture all sizes, the largest first, so that the others find the memory that they need.
+
+        progress(done, total) counts sizes. Every size runs once uncaptured before: kernels compile then.
+        """
+        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(stream), _no_garbage_collection():
+            for number, rows in enumerate(reversed(self.sizes)):
+                size = self._sizes[rows]
+                staging = size.staging[0]
+                staging.forget()
+                self._memory[: staging.nbytes].copy_(self._host[0][: staging.nbytes])
+                self._forward(size)
+                self._choose(size)
+                stream.synchronize()
+                size.forward = _captured(partial(self._forward, size), pool)
+                size.choice = _captured(partial(self._choose, size), pool)
+                if progress is not None:
+                    progress(number + 1, len(self.sizes))
+        self._writer[0] = None
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what the uncaptured runs held, on a stream that nobody will use again
+
+    def release(self) -> None:
+        """Give the graphs and their memory back."""
+        for size in self._sizes.values():
+            size.forward = size.choice = None
+
+    def serves(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a step is one of decoding that fits: one new token each, no scores of prompts."""
+        return len(chunks) <= self.sizes[-1] and all(
+            len(chunk.token_ids) == 1 and chunk.prompt_logprobs is None for chunk in chunks
+        )
+
+    def launch(self, chunks: Sequence[Chunk], places: Mapping[str, int]) -> Replayed:
+        """Start a step that is served: row i of it is chunk i. `places` as in Staging.fill."""
+        count = len(chunks)
+        size = self._sizes[self.sizes[bisect_left(self.sizes, count)]]
+        turn = self._turn = (self._turn + 1) % self.TURNS
+        sent = self._sent[turn]
+        if sent is not None:
+            sent.synchronize()
+        staging = size.staging[turn]
+        if self._writer[turn] != size.rows:
+            self._writer[turn] = size.rows
+            staging.forget()
+        plain = staging.fill(chunks, places)
+        host, nbytes = self._host[turn], staging.nbytes
+        self._memory[:nbytes].copy_(host[:nbytes], non_blocking=True)
+        if self.device.type == "cuda":
+            sent = self._sent[turn] = sent or torch.cuda.Event()
+            sent.record()
+        if size.forward is None:
+            self._forward(size)
+        else:
+            size.forward.replay()
+        tokens = None
+        if plain:
+            if size.choice is None:
+                self._choose(size)
+            else:
+                size.choice.replay()
+            tokens = self.sampled[:count]
+        return Replayed(size.rows - count, self.hidden[:count], tokens)
+
+    def _forward(self, size: _Size) -> None:
+        """Ids to `self.hidden`."""
+        fields, batch = size.fields, size.batch
+        ids = self.ops.feed(fields.ids, fields.sources, self.sampled, self.model.spec.vocabulary)
+        hidden = self.model.forward(replace(batch, ids=ids), self.pages.keys, self.pages.values, self.ops)
+        self.hidden[: size.rows].copy_(hidden)
+
+    def _choose(self, size: _Size) -> None:
+        """`self.hidden` to `self.sampled`: greedy rows and warm ones, none of them cut."""
+        rows, fields = size.rows, size.fields
+        logits = self.model.logits(self.hidden[:rows], self.ops)
+        zeros, floats = self._zeros[:rows], self._floats[:rows]
+        chosen = self.ops.sample(
+            logits, fields.temperature, zeros, floats, floats, fields.seeds, fields.next, False, False
+        )
+        self.sampled[:rows].copy_(chosen)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Memory that the collector frees in the middle of a capture would break it."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """Record what `work` launches on the current stream. KernelRefused if something in it cannot be recorded."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        try:
+            work()
+        except BaseException:
+            with suppress(RuntimeError):  # the capture is broken, which is said here once more
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise KernelRefused(
+            f"a decode step cannot be captured as a CUDA graph; enforce_eager=True runs it op by op ({error})"
+        ) from error
+    return graph
