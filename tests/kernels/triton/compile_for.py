@@ -61,15 +61,20 @@ setattr(attention_kernels, "_machine", lambda _: MACHINE)  # noqa: B010
 for module in (moe_kernels, mlp_kernels):
     setattr(module, "machine_of", lambda _: MACHINE)  # noqa: B010
 
+if CAPABILITY >= 90:  # as `dependent` answers on such a device
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("ridgeline.kernels.triton.") and hasattr(module, "dependent"):
+            setattr(module, "dependent", lambda _: {"EARLY": True, "launch_pdl": True})  # noqa: B010
+
 for dtype in (torch.bfloat16, torch.float32):
     for head_dim in (64, 128, 256):
         for block, window in ((64, None), (16, 100))[: 2 if head_dim == 128 else 1]:
             for spans in ([(1, 70), (1, 80)], [(600, 700), (1, 90)], [(600, 600)]):
                 call("attention", **paged("cpu", dtype, 8, 2, head_dim, block, spans, window))
-    for name in ("norm", "layer_norm", "rope_kv_write", "sample", "moe"):
+    for name in ("norm", "layer_norm", "rope_kv_write", "sample", "moe", "linear", "feed"):
         for inputs in REGISTRY[name].inputs("cpu", dtype):
             call(name, **inputs)
-    for tokens, inner in ((1, 512), (1, 1024), (40, 512), (300, 512)):
+    for tokens, inner in ((1, 512), (1, 1024), (20, 512), (40, 512), (300, 512)):
         weight = Weight.dense_from(torch.zeros(2 * inner, 1024, dtype=dtype))
         call("gated_linear", x=torch.zeros(tokens, 1024, dtype=dtype), weight=weight)
     for tokens in (4, 40, 80, 200):

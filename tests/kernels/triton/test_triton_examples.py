@@ -27,7 +27,17 @@ def copied(value: Any) -> Any:
 
 def test_each_op_has_its_kernel() -> None:
     served = {op for op, name in KERNELS if name == "triton"}
-    assert served == {"norm", "layer_norm", "rope_kv_write", "gated_linear", "attention", "sample", "moe"}
+    assert served == {
+        "norm",
+        "layer_norm",
+        "rope_kv_write",
+        "gated_linear",
+        "attention",
+        "sample",
+        "moe",
+        "linear",
+        "feed",
+    }
     assert {op for op, _ in KERNELS} == set(REGISTRY)
 
 

@@ -10,6 +10,7 @@ from triton_checks import assert_near, kinds
 from ridgeline.kernels.triton import mlp as kernels
 from ridgeline.kernels.triton.mlp import (
     ACTIVATIONS,
+    MIDDLE,
     NARROW,
     TALL,
     WIDE,
@@ -48,24 +49,24 @@ def test_against_fp64(device: str, activation: str) -> None:
             assert_near(got, exact, own)
 
 
-@pytest.mark.parametrize("product", [WIDE, NARROW, TALL])
+@pytest.mark.parametrize("product", [WIDE, NARROW, MIDDLE, TALL])
 def test_few_tokens_do_not_see_each_other(device: str, product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "product_for", lambda *_: product)
     x = torch.randn(product.rows, 96, device=device).half()
     weight = Weight.dense_from(torch.randn(80, 96, device=device).half())
     together = gated_linear_triton(x, weight)
-    for tokens in (1, 5):
+    for tokens in (2, 5):
         assert torch.equal(gated_linear_triton(x[:tokens].clone(), weight), together[:tokens])
 
 
 def test_products() -> None:
     """By inner width of Qwen3-0.6B, Llama-3.1-8B and 70B, on 132 multiprocessors."""
     chosen = {
-        inner: [product_for(tokens, inner, 132) for tokens in (1, 16, 17, 64, 65)] for inner in (3072, 14336, 28672)
+        inner: [product_for(tokens, inner, 132) for tokens in (1, 16, 17, 33, 64, 65)] for inner in (3072, 14336, 28672)
     }
-    assert chosen[3072] == [NARROW, NARROW, None, None, None]
-    assert chosen[14336] == [WIDE, WIDE, TALL, TALL, None]
-    assert chosen[28672] == [NARROW, NARROW, TALL, TALL, None]
+    assert chosen[3072] == [NARROW, NARROW, None, None, None, None]
+    assert chosen[14336] == [WIDE, WIDE, MIDDLE, TALL, TALL, None]
+    assert chosen[28672] == [NARROW, NARROW, MIDDLE, TALL, TALL, None]
 
 
 def test_few_tokens_are_one_launch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,8 @@ def test_few_tokens_are_one_launch(device: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.nn.functional, "linear", library)
     weight = Weight.dense_from(torch.randn(80, 96, device=device).half())
-    gated_linear_triton(torch.randn(NARROW.rows, 96, device=device).half(), weight)
+    for tokens in (1, 2, NARROW.rows):
+        gated_linear_triton(torch.randn(tokens, 96, device=device).half(), weight)
     with pytest.raises(RuntimeError, match="cuBLAS"):
         gated_linear_triton(torch.randn(TALL.rows + 1, 96, device=device).half(), weight)
     with pytest.raises(RuntimeError, match="cuBLAS"):

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ridgeline.kernels.triton.dependent import dependent, ready, starting
 from ridgeline.ops.norm import layer_norm, norm
 from ridgeline.ops.op import cuda
 
@@ -35,10 +36,14 @@ def _rms_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    starting(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < WIDTH)
+    factor = tl.load(weight + column, mask=column < WIDTH, other=0.0)
+    ready(EARLY)
     total = tl.load(x + row * x_stride + column, mask=mask, other=0.0)
     if residual is not None:
         place = residual + row * residual_stride + column
@@ -48,7 +53,6 @@ def _rms_kernel(
     wide = total.to(tl.float32)
     mean = tl.sum(wide * wide, axis=1) / WIDTH
     scaled = (wide * tl.rsqrt(mean + eps)[:, None]).to(total.dtype)
-    factor = tl.load(weight + column, mask=column < WIDTH, other=0.0)
     result = factor.to(tl.float32) * scaled.to(tl.float32)
     tl.store(out + row * WIDTH + column, result.to(total.dtype), mask=mask)
 
@@ -67,10 +71,15 @@ def _layer_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    starting(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < WIDTH)
+    factor = tl.load(weight + column, mask=column < WIDTH, other=0.0)
+    shift = tl.load(bias + column, mask=column < WIDTH, other=0.0)
+    ready(EARLY)
     total = tl.load(x + row * x_stride + column, mask=mask, other=0.0)
     if residual is not None:
         place = residual + row * residual_stride + column
@@ -81,9 +90,8 @@ def _layer_norm_kernel(
     centred = tl.where(column < WIDTH, wide - (tl.sum(wide, axis=1) / WIDTH)[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / WIDTH
     scaled = centred * tl.rsqrt(variance + eps)[:, None]
-    factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    shift = tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + column, (scaled * factor + shift).to(total.dtype), mask=mask)
+    result = scaled * factor.to(tl.float32) + shift.to(tl.float32)
+    tl.store(out + row * WIDTH + column, result.to(total.dtype), mask=mask)
 
 
 def _refuse(x: torch.Tensor, *others: torch.Tensor | None) -> str | None:
@@ -136,6 +144,7 @@ def norm_triton(
             BLOCK=block,
             ROWS=share,
             num_warps=_warps(block * share),
+            **dependent(x.device),
         )
     return out, x if residual is None else residual
 
@@ -165,5 +174,6 @@ def layer_norm_triton(
             BLOCK=block,
             ROWS=share,
             num_warps=_warps(block * share),
+            **dependent(x.device),
         )
     return out, x if residual is None else residual

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ridgeline.kernels.triton.dependent import dependent, ready, starting
 from ridgeline.ops.op import cuda
 from ridgeline.ops.rope import rope_kv_write
 
@@ -42,7 +43,10 @@ def _rope_kernel(
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     SHARE: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    starting(EARLY)
+    ready(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * SHARE + tl.arange(0, SHARE))[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
@@ -173,5 +177,6 @@ def rope_kv_write_triton(
         PAGE=page,
         SHARE=share,
         num_warps=WARPS,
+        **dependent(qkv.device),
     )
     return q

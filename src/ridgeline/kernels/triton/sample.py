@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ridgeline.kernels.triton.dependent import dependent, ready, starting
 from ridgeline.ops.op import cuda
 from ridgeline.ops.sample import kept, sample
 
@@ -77,7 +78,10 @@ def _stretch_kernel(
     stretches: tl.tensor,
     GREEDY: tl.constexpr,
     STRETCH: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    starting(EARLY)
+    ready(EARLY)
     row = (tl.program_id(0) // stretches).to(tl.int64)
     start = tl.program_id(0) % stretches * STRETCH
     token = start + tl.arange(0, STRETCH)
@@ -115,8 +119,15 @@ def _stretch_kernel(
 
 @triton.jit(do_not_specialize=["stretches"], do_not_specialize_on_alignment=["best", "best_id", "out"])
 def _choose_kernel(
-    best: tl.tensor, best_id: tl.tensor, out: tl.tensor, stretches: tl.tensor, BLOCK: tl.constexpr
+    best: tl.tensor,
+    best_id: tl.tensor,
+    out: tl.tensor,
+    stretches: tl.tensor,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    starting(EARLY)
+    ready(EARLY)
     row = tl.program_id(0)
     index = tl.arange(0, BLOCK)
     inside = index < stretches
@@ -186,8 +197,15 @@ def sample_triton(
         GREEDY=greedy,
         STRETCH=STRETCH,
         num_warps=WARPS,
+        **dependent(logits.device),
     )
     _choose_kernel[(rows,)](
-        best, best_id, out, stretches, BLOCK=triton.next_power_of_2(MAX_VOCABULARY // STRETCH), num_warps=1
+        best,
+        best_id,
+        out,
+        stretches,
+        BLOCK=triton.next_power_of_2(MAX_VOCABULARY // STRETCH),
+        num_warps=1,
+        **dependent(logits.device),
     )
     return out
