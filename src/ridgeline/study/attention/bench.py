@@ -212,20 +212,19 @@ class _Bench:
 
     def speed(self, listed: Sequence[Case], limit: Limit) -> list[dict[str, Any]]:
         cells, done = [], 0
-        total = len(listed) * (len(self.players.contestants) + 1 + self.settings.counters)
+        total = len(listed) * (len(self.players.contestants) + 1) + self.settings.counters
         for case in listed:
             cell = Cell(case, self._copies(case))
             self._run_cell(cell, done, total)
             done += len(self.players.contestants) + 1
-            if self.settings.counters:
-                self.progress(done, total, f"{case.label}: counters")
-                self._count_in_hardware(cell)
-                done += 1
             self._judge(cell, limit)
-            cells.append(cell.as_dict())
+            cells.append(cell)
             forget(self.device)
+        if self.settings.counters:
+            self.progress(done, total, "counters")
+            self._count_in_hardware(cells)
         self.progress(total, total, "done")
-        return cells
+        return [cell.as_dict() for cell in cells]
 
     def _copies(self, case: Case) -> int:
         if self.settings.copies is not None:
@@ -311,12 +310,12 @@ class _Bench:
         if cost is not None:
             result["counted"] = {"read_bytes": cost.read_bytes, "write_bytes": cost.write_bytes, "bytes": cost.bytes}
 
-    def _count_in_hardware(self, cell: Cell) -> None:
-        names = [name for name, result in cell.results.items() if "seconds" in result]
-        if names:
-            forget(self.device)  # the child needs memory too
-            for name, found in counters.measure(cell.case, names).items():
-                cell.results[name]["measured"] = found.as_dict()
+    def _count_in_hardware(self, cells: Sequence[Cell]) -> None:
+        """Whoever was timed, once more under the profiler, in a process of its own."""
+        jobs = [(cell.case, [name for name, one in cell.results.items() if "seconds" in one]) for cell in cells]
+        for cell, found in zip(cells, counters.measure(jobs), strict=True):
+            for name, one in found.items():
+                cell.results[name]["measured"] = one.as_dict()
 
     def _judge(self, cell: Cell, limit: Limit) -> None:
         """What follows from the times: rates, shares of the roof, speedups."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,8 @@ SECTOR_BYTES = 32
 MARKER = "spin_kernel"
 """Part of the name of the kernel behind torch.cuda._sleep."""
 TIMEOUT_S = 400
+CACHES = 4
+"""The buffer that clears the L2 cache is this many times as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +76,30 @@ def profiler() -> str:
     return found
 
 
-def measure(case: Case, names: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Measured]:
-    """Run rungs and peers of these names once under the profiler. Raises KernelRefused with what it said on failing."""
-    asked = json.dumps({"case": asdict(case), "names": list(names)})
+Job = tuple[Case, Sequence[str]]
+"""A case, and the names of the rungs and peers to be run on it."""
+
+
+def measure(jobs: Sequence[Job]) -> list[dict[str, Measured]]:
+    """Run every job's contestants once under the profiler, in one process; a dictionary by name for each job.
+
+    Raises KernelRefused with what the profiler said if it fails.
+    """
+    asked = json.dumps([{"case": asdict(case), "names": list(names)} for case, names in jobs])
     command = [
         profiler(), "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off",
         "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS.values()),
         sys.executable, "-m", "ridgeline.study.attention.counters", asked,
     ]  # fmt: skip
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        env={**os.environ, **(environment or {})},
-        check=False,
-    )
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise KernelRefused(f"counters: the profiled process took more than {TIMEOUT_S} s") from None
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())[-400:]
         raise KernelRefused(f"counters: the profiled process ended with status {done.returncode}: {said}")
-    return dict(zip(names, parse(done.stdout, len(names)), strict=True))
+    found = iter(parse(done.stdout, sum(len(names) for _, names in jobs)))
+    return [{name: next(found) for name in names} for _, names in jobs]
 
 
 def parse(text: str, count: int) -> list[Measured]:
@@ -138,30 +143,34 @@ def _summed(call: Sequence[Mapping[str, float]], clearing: Sequence[Mapping[str,
 
 
 def main(argument: str) -> None:
-    """The child: every named rung or peer on the case, each between two markers."""
+    """The child: every named rung or peer on its case, each between two markers."""
     import torch
 
     from ridgeline.study.attention import contestants, tensors
 
-    asked: dict[str, Any] = json.loads(argument)
-    case, device = Case(**asked["case"]), torch.device("cuda", 0)
-    call = tensors.make(case, device)
+    jobs: list[dict[str, Any]] = json.loads(argument)
+    device = torch.device("cuda", 0)
     runtime = torch.cuda.cudart()
-    cache = torch.ones(4 * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
-    for name in asked["names"]:
-        works = contestants.by_name(name, device).prepare(case, [call])
-        with works.context():
-            for _ in range(2):
+    cache = torch.ones(CACHES * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
+    for job in jobs:
+        case = Case(**job["case"])
+        call = tensors.make(case, device)
+        for name in job["names"]:
+            works = contestants.by_name(name, device).prepare(case, [call])
+            with works.context():
+                for _ in range(2):
+                    works.calls[0]()
+                cache.sum()
+                torch.cuda.synchronize()
+                runtime.cudaProfilerStart()
+                torch.cuda._sleep(1000)
                 works.calls[0]()
-            cache.sum()
-            torch.cuda.synchronize()
-            runtime.cudaProfilerStart()
-            torch.cuda._sleep(1000)
-            works.calls[0]()
-            torch.cuda._sleep(1000)
-            cache.sum()
-            torch.cuda.synchronize()
-            runtime.cudaProfilerStop()
+                torch.cuda._sleep(1000)
+                cache.sum()
+                torch.cuda.synchronize()
+                runtime.cudaProfilerStop()
+        del call
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

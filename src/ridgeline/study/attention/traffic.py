@@ -23,6 +23,8 @@ MOVES_NOTHING = frozenset({"empty", "empty_like", "empty_strided", "new_empty", 
 """Operators that touch no element, beside those that torch itself calls views."""
 OVERWRITERS = frozenset({"copy_", "fill_", "zero_"})
 """Operators that do not read their first argument, which they write."""
+DECODE_ROWS = 16
+"""Rows that the decode kernel's tile holds."""
 
 
 class Counter(TorchDispatchMode):
@@ -144,16 +146,17 @@ def _triton(call: Call) -> Cost:
     return tiled(call, triton.LONG[call.q.element_size(), block].rows, packed=True)
 
 
-def _once(call: Call) -> Cost:
-    """Every key of a request once for all its rows; partial sums of splits are left out."""
-    return tiled(call, max(call.spans.new, default=1) * call.group, packed=True)
+def _decode(call: Call) -> Cost | None:
+    """Every key of a request once for all its rows, if one tile holds them; partial sums of splits are left out."""
+    rows = max(call.spans.new, default=1) * call.group
+    return tiled(call, rows, packed=True) if rows <= DECODE_ROWS else None
 
 
-TRAFFIC: dict[str, Callable[[Call], Cost]] = {
+TRAFFIC: dict[str, Callable[[Call], Cost | None]] = {
     "v1": _v1,
     "v2": _v2,
     "sm90": _sm90,
     "triton": _triton,
-    "decode": _once,
+    "decode": _decode,
 }
 """Counts for rungs that declare none themselves."""
