@@ -106,7 +106,7 @@ def _gate_kernel(
 
 
 @triton.jit
-def _row_kernel(
+def _gated_row_kernel(
     x: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
@@ -224,7 +224,7 @@ def _alone(x: torch.Tensor, weight: Weight, activation: str) -> torch.Tensor:
     inner, width = weight.out_features // 2, weight.in_features
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(1, inner, device=x.device, dtype=x.dtype)
-    _row_kernel[(triton.cdiv(inner, ONE.rows),)](
+    _gated_row_kernel[(triton.cdiv(inner, ONE.rows),)](
         x,
         weight.data,
         out,

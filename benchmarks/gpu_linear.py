@@ -1,0 +1,236 @@
+"""Matrix products of one and a few tokens on a GPU: tiles of `linear` and `gated_linear` beside cuBLAS.
+
+Each cell is a CUDA graph of calls over different weights, together far more than the L2 cache; its time is that of
+a call, and its rate the weight's bytes over that. The last table is a step's products in a row, all layers and
+the output projection, as a step runs them. What kernels/triton/linear.py and mlp.py have as their tiles was chosen
+from these tables.
+
+    PYTHONPATH=src python3 -m benchmarks.gpu_linear --out $OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.record import Record, interval, parser
+from ridgeline.kernels.triton import linear, mlp
+from ridgeline.ops.weight import Weight
+
+
+class Shape(NamedTuple):
+    """A product's outputs and inputs; gated: of both halves together."""
+
+    outputs: int
+    inputs: int
+    gated: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.outputs * self.inputs
+
+
+LLAMA_8B = {
+    "qkv": Shape(6144, 4096),
+    "out": Shape(4096, 4096),
+    "gate_up": Shape(28672, 4096, True),
+    "down": Shape(4096, 14336),
+    "head": Shape(128256, 4096),
+}
+LAYERS = 32
+ONE = (
+    (1, 512, 8), (1, 1024, 4), (1, 1024, 8), (1, 2048, 4), (1, 2048, 8), (1, 4096, 4), (1, 4096, 8), (2, 1024, 4),
+    (2, 1024, 8), (2, 2048, 4), (2, 2048, 8), (2, 4096, 8), (4, 1024, 8),
+)  # fmt: skip
+"""Rows, inputs a step, warps."""
+FEW = (
+    (16, 16, 128, 2, 4), (16, 16, 256, 2, 4), (16, 16, 256, 4, 4), (16, 16, 512, 4, 3), (16, 32, 128, 4, 4),
+    (16, 32, 128, 4, 6), (16, 32, 256, 4, 3), (16, 32, 256, 4, 4), (16, 64, 128, 4, 3),
+)  # fmt: skip
+"""Tokens, columns, inputs a step, warps, stages."""
+MORE = ((64, 32, 64, 4, 4), (64, 32, 128, 4, 4), (64, 64, 64, 4, 4), (64, 64, 128, 4, 4))
+REPEATS = 15
+SPAN_BYTES = 600 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> Record:
+    options = arguments().parse_args(argv)
+    record = measure(options)
+    record.close()
+    return record
+
+
+def arguments() -> argparse.ArgumentParser:
+    result = parser(__doc__ or "", rounds=1)
+    result.add_argument("--workers", type=int, default=14, help="processes that compile")
+    result.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
+    return result
+
+
+def measure(options: argparse.Namespace) -> Record:
+    record = Record("gpu-linear", options)
+    jobs = [
+        (shape, tokens, tile) for tokens in options.tokens for shape in LLAMA_8B.values() for tile in candidates(tokens)
+    ]
+    began = time.perf_counter()
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+        for _ in pool.map(compile_one, jobs, chunksize=1):
+            pass
+    record.summary["compile_s"] = round(time.perf_counter() - began, 1)
+    for tokens in options.tokens:
+        rows = []
+        for name, shape in LLAMA_8B.items():
+            found = cell(shape, tokens)
+            record.summary[f"{name}, {tokens} tokens"] = found
+            best = min(found, key=lambda one: found[one])
+            for label, seconds in sorted(found.items(), key=lambda one: one[1])[:6]:
+                rate = f"{shape.nbytes / seconds / 1e12:.2f}"
+                rows.append([name if label == best else "", label, f"{1e6 * seconds:.1f}", rate])
+            rows.append(["", "cuBLAS", f"{1e6 * found['cuBLAS']:.1f}", f"{shape.nbytes / found['cuBLAS'] / 1e12:.2f}"])
+        record.table(f"{tokens} tokens", ["product", "tile", "µs", "TB/s"], rows)
+    chain(record, options.tokens)
+    return record
+
+
+def candidates(tokens: int) -> Sequence[tuple[int, ...]]:
+    return ONE if tokens == 1 else FEW if tokens <= 16 else MORE
+
+
+@contextmanager
+def tiled(tile: tuple[int, ...] | None) -> Iterator[None]:
+    """Make a tile the one that serves; None: as they are."""
+    if tile is None:
+        yield
+    elif len(tile) == 3:
+        with patch.object(linear, "ONE", linear.Rows(*tile)), patch.object(mlp, "ONE", mlp.Rows(*tile)):
+            yield
+    else:
+        with (
+            patch.object(linear, "FEW", (linear.Product(*tile),)),
+            patch.object(mlp, "product_for", lambda *_: mlp.Product(*tile)),
+        ):
+            yield
+
+
+def call_of(shape: Shape) -> Callable[[torch.Tensor, Weight], torch.Tensor]:
+    return mlp.gated_linear_triton if shape.gated else linear.linear_triton
+
+
+def gated_library(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """cuBLAS, and torch's own gate behind it."""
+    gate_up = F.linear(x, weight.data)
+    gates, ups = gate_up.chunk(2, dim=-1)
+    return F.silu(gates) * ups
+
+
+def compile_one(job: tuple[Shape, int, tuple[int, ...]]) -> None:
+    """In a process of its own; the compiler keeps what it made where this one finds it."""
+    shape, tokens, tile = job
+    x = torch.zeros(tokens, shape.inputs, device="cuda", dtype=torch.bfloat16)
+    weight = Weight.dense_from(torch.zeros(shape.outputs, shape.inputs, device="cuda", dtype=torch.bfloat16))
+    with tiled(tile):
+        try:
+            call_of(shape)(x, weight)
+        except Exception as error:
+            print(shape, tile, type(error).__name__, str(error)[:100])
+
+
+def cell(shape: Shape, tokens: int) -> dict[str, float]:
+    """Seconds of a call by tile."""
+    count = max(4, SPAN_BYTES // shape.nbytes)
+    weights = [
+        Weight.dense_from(torch.randn(shape.outputs, shape.inputs, device="cuda", dtype=torch.bfloat16))
+        for _ in range(count)
+    ]
+    x = torch.randn(tokens, shape.inputs, device="cuda", dtype=torch.bfloat16)
+    found = {}
+    for tile in candidates(tokens):
+        with tiled(tile):
+            try:
+                found[str(tile)] = replayed(lambda: [call_of(shape)(x, weight) for weight in weights]) / count
+            except Exception as error:
+                print(shape, tile, type(error).__name__, str(error)[:100])
+    found["cuBLAS"] = (
+        replayed(lambda: [(gated_library if shape.gated else cublas)(x, weight) for weight in weights]) / count
+    )
+    return found
+
+
+def cublas(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    return F.linear(x, weight.data)
+
+
+def replayed(work: Callable[[], Any]) -> float:
+    """Seconds of one replay of the work's graph, median."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = work()
+    graph.replay()
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    del kept
+    return interval(times).median
+
+
+def chain(record: Record, tokens: Sequence[int]) -> None:
+    """All products of a step in a row, each fed by the one before."""
+    layers = [
+        {
+            name: Weight.dense_from(torch.randn(shape.outputs, shape.inputs, device="cuda", dtype=torch.bfloat16))
+            for name, shape in LLAMA_8B.items()
+            if name != "head"
+        }
+        for _ in range(LAYERS)
+    ]
+    shape = LLAMA_8B["head"]
+    head = Weight.dense_from(torch.randn(shape.outputs, shape.inputs, device="cuda", dtype=torch.bfloat16))
+    nbytes = LAYERS * sum(one.nbytes for name, one in LLAMA_8B.items() if name != "head") + shape.nbytes
+    rows = []
+    for count in tokens:
+        times = products(count, layers, head)
+        record.summary[f"a step's products, {count} tokens"] = times
+        rows += [[str(count), name, f"{1e3 * s:.3f}", f"{nbytes / s / 1e12:.2f}"] for name, s in times.items()]
+    record.table("A step's products", ["tokens", "way", "ms", "TB/s"], rows)
+
+
+def products(tokens: int, layers: Sequence[dict[str, Weight]], head: Weight) -> dict[str, float]:
+    """Seconds of a step's products, three ways."""
+    x = torch.randn(tokens, head.in_features, device="cuda", dtype=torch.bfloat16)
+
+    def step(product: Callable[..., torch.Tensor], gated: Callable[..., torch.Tensor]) -> torch.Tensor:
+        y = x
+        for layer in layers:
+            y = product(product(y, layer["qkv"])[:, : head.in_features], layer["out"])
+            y = product(gated(y, layer["gate_up"]), layer["down"])
+        return product(y, head)
+
+    ours = (linear.linear_triton, mlp.gated_linear_triton)
+    times = {"cuBLAS": replayed(lambda: step(cublas, gated_library)), "ours": replayed(lambda: step(*ours))}
+    alone = {"EARLY": False}
+    with patch.object(linear, "dependent", lambda _: alone), patch.object(mlp, "dependent", lambda _: alone):
+        times["ours, each after the other"] = replayed(lambda: step(*ours))
+    return times
+
+
+if __name__ == "__main__":
+    main()
