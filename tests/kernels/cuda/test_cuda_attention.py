@@ -12,7 +12,7 @@ from cuda_attention_checks import FEATURES, RAGGED, hold, ragged
 from ridgeline.ops.attention import attention, attention_inputs
 
 pytestmark = pytest.mark.gpu
-RUNGS = ("v2",)
+RUNGS = ("v1", "v2")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -20,6 +20,8 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int STRIPS = ROWS / (16 * WARPS);  // of 16 rows, a warp
 constexpr int WARP_ROWS = 16 * STRIPS;
 constexpr int STEPS = HEAD_DIM / 16;
+constexpr float SLACK = 8.0f;
+constexpr bool ALWAYS = HEAD_DIM > 192;  // a branch costs more there than what it saves
 using QueryTile = Tile<ROWS, HEAD_DIM>;
 using KeyTile = Tile<KEYS, HEAD_DIM>;
 static_assert(ROWS % (16 * WARPS) == 0 && KEYS % 16 == 0, "tiles are made of 16 x 16 squares");
@@ -27,34 +29,30 @@ static_assert(ROWS % (16 * WARPS) == 0 && KEYS % 16 == 0, "tiles are made of 16 
 using QueryShare = Share<THREADS, ROWS, HEAD_DIM>;
 using KeyShare = Share<THREADS, KEYS, HEAD_DIM>;
 
-// Copy keys (or values) tile * KEYS ... into shared memory; those before `low` and from `length` on become zeros.
+// Copy keys (or values) tile * KEYS ... into shared memory. Bounded: those before `low` and from `length` on become
+// zeros and are not read; else all are real, as they are in every tile but the last if there is no window.
+template <bool Bounded>
 __device__ __forceinline__ void fetch(word32 to, const word16* pool, const Keys<PAGE>& keys, int tile, int low, int length) {
     int key = tile * KEYS, row = KeyShare::row();
-    bool whole = key >= low && key + KEYS <= length;
     if (PAGE % KEYS == 0) {  // contiguous, or all of one page
         const word16* source = pool + keys.offset(key) + row * keys.slot_stride + KeyShare::column();
         int64 step = KeyShare::STRIDE * keys.slot_stride;
-        if (whole) {
 #pragma unroll
-            for (int copy = 0; copy < KeyShare::COPIES; copy++, source += step)
+        for (int copy = 0; copy < KeyShare::COPIES; copy++, source += step) {
+            int place = key + row + copy * KeyShare::STRIDE;
+            bool real = !Bounded || (place >= low && place < length);
 #pragma unroll
-                for (int piece = 0; piece < KeyShare::PIECES; piece++)
-                    copy_async(to + KeyShare::offset(copy, piece), source + piece * KeyShare::LANES * 8);
-        } else {
-#pragma unroll
-            for (int copy = 0; copy < KeyShare::COPIES; copy++, source += step) {
-                int place = key + row + copy * KeyShare::STRIDE;
-                bool real = place >= low && place < length;
-#pragma unroll
-                for (int piece = 0; piece < KeyShare::PIECES; piece++)
-                    copy_async(to + KeyShare::offset(copy, piece), real ? source + piece * KeyShare::LANES * 8 : pool, real);
+            for (int piece = 0; piece < KeyShare::PIECES; piece++) {
+                word32 target = to + KeyShare::offset(copy, piece);
+                if (Bounded) copy_async(target, real ? source + piece * KeyShare::LANES * 8 : pool, real);
+                else copy_async(target, source + piece * KeyShare::LANES * 8);
             }
         }
     } else {
 #pragma unroll
         for (int copy = 0; copy < KeyShare::COPIES; copy++) {
             int place = key + row + copy * KeyShare::STRIDE;
-            bool real = place >= low && place < length;
+            bool real = !Bounded || (place >= low && place < length);
             const word16* source = pool + (real ? keys.offset(place) + KeyShare::column() : 0);
 #pragma unroll
             for (int piece = 0; piece < KeyShare::PIECES; piece++)
@@ -63,8 +61,133 @@ __device__ __forceinline__ void fetch(word32 to, const word16* pool, const Keys<
     }
 }
 
+// A warp's scores of a tile, and its sums of values: squares of 16 x 8 as mma leaves them.
+typedef float Scores[STRIPS][KEYS / 8][4];
+typedef float Sums[STRIPS][HEAD_DIM / 8][4];
+using QueryLane = Lane<ROWS, HEAD_DIM>;
+using KeyLane = Lane<KEYS, HEAD_DIM>;
+
 struct Row {
     float peak, sum;
+};
+
+__device__ __forceinline__ void score(Scores& scores, const QueryLane& queries, const KeyLane& keys, word32 stage) {
+#pragma unroll
+    for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+        for (int column = 0; column < KEYS / 8; column++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) scores[strip][column][i] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        word32 left[STRIPS][4];
+#pragma unroll
+        for (int strip = 0; strip < STRIPS; strip++) load_matrices(left[strip], queries.at(strip, step));
+#pragma unroll
+        for (int column = 0; column < KEYS / 16; column++) {
+            word32 right[4];
+            load_matrices(right, keys.at(column, step) + stage);
+#pragma unroll
+            for (int strip = 0; strip < STRIPS; strip++) {
+                multiply(scores[strip][column * 2], left[strip], right[0], right[1]);
+                multiply(scores[strip][column * 2 + 1], left[strip], right[2], right[3]);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void cap_scores(Scores& scores, float cap) {
+#pragma unroll
+    for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+        for (int column = 0; column < KEYS / 8; column++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) scores[strip][column][i] = tanh_exact(scores[strip][column][i] * cap);
+}
+
+// Scores to exponentials, and what was added up so far brought to a new peak.
+//
+// A peak follows the greatest score only when that has risen by 2^SLACK (FlashAttention-4): until then weights are
+// above one, which is exact in the end, since sums are divided by the sum of the same weights. What a row gets does
+// not depend on its neighbours: a factor of one changes nothing.
+template <bool Masked>
+__device__ __forceinline__ void soften(Scores& scores, Sums& sums, Row (&state)[STRIPS][2], float factor) {
+    float shrink[STRIPS][2];
+    bool any = false;
+#pragma unroll
+    for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            Row& row = state[strip][half];
+            float peak = row.peak;
+#pragma unroll
+            for (int column = 0; column < KEYS / 8; column++)
+                peak = fmaxf(peak, fmaxf(scores[strip][column][half * 2], scores[strip][column][half * 2 + 1]));
+            peak = quad_max(peak);
+            bool risen = (peak - row.peak) * factor > SLACK;  // not if nothing has been seen: NaN
+            shrink[strip][half] = risen ? exp2_fast((row.peak - peak) * factor) : 1.0f;
+            if (risen) row.peak = peak;
+            any = any || risen;
+        }
+    if (ALWAYS || __any_sync(0xffffffffu, any)) {
+#pragma unroll
+        for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                state[strip][half].sum *= shrink[strip][half];
+#pragma unroll
+                for (int column = 0; column < HEAD_DIM / 8; column++) {
+                    sums[strip][column][half * 2] *= shrink[strip][half];
+                    sums[strip][column][half * 2 + 1] *= shrink[strip][half];
+                }
+            }
+    }
+#pragma unroll
+    for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            Row& row = state[strip][half];
+            // A row that has seen nothing yet has no finite peak: -infinity - -infinity would be NaN.
+            float level = (Masked && row.peak == -infinity() ? 0.0f : row.peak) * factor;
+#pragma unroll
+            for (int column = 0; column < KEYS / 8; column++)
+#pragma unroll
+                for (int i = half * 2; i < half * 2 + 2; i++) {
+                    float weight = exp2_fast(scores[strip][column][i] * factor - level);
+                    scores[strip][column][i] = weight;
+                    row.sum += weight;
+                }
+        }
+}
+
+// Weights, rounded to 16 bits, times values.
+__device__ __forceinline__ void add(Sums& sums, const Scores& weights, const KeyLane& values, word32 stage) {
+#pragma unroll
+    for (int step = 0; step < KEYS / 16; step++) {
+        word32 left[STRIPS][4];
+#pragma unroll
+        for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = &weights[strip][step * 2 + i / 2][i % 2 * 2];
+                left[strip][i] = pack(pair[0], pair[1]);
+            }
+#pragma unroll
+        for (int column = 0; column < HEAD_DIM / 16; column++) {
+            word32 right[4];
+            load_matrices_transposed(right, values.at(step, column) + stage);
+#pragma unroll
+            for (int strip = 0; strip < STRIPS; strip++) {
+                multiply(sums[strip][column * 2], left[strip], right[0], right[1]);
+                multiply(sums[strip][column * 2 + 1], left[strip], right[2], right[3]);
+            }
+        }
+    }
+}
+
+template <bool Value>
+struct Flag {
+    static constexpr bool value = Value;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_v2(
@@ -78,6 +201,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_v2(
     word32 v_tiles = k_tiles + STAGES * KeyTile::BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int head = blockIdx.x % heads, kv_head = head / group;
+    int first_row = warp * WARP_ROWS;
+    auto query_lane = Lane<ROWS, HEAD_DIM>::left(q_tile, first_row, lane);
+    auto key_lane = Lane<KEYS, HEAD_DIM>::columns(k_tiles, lane);
+    auto value_lane = Lane<KEYS, HEAD_DIM>::rows(v_tiles, lane);
     Batch batch = {query_starts, lengths, key_starts, TREE ? tails : nullptr, requests};
 
     for (int number = blockIdx.x / heads;; number += workers) {
@@ -99,12 +226,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_v2(
                 copy_async(q_tile + QueryShare::offset(copy, piece), source + piece * QueryShare::LANES * 8, row < rows);
         }
         int tile = tiles.last - 1;
-        if (tile >= tiles.first) fetch(k_tiles, k, keys, tile, tiles.low, request.length);
+        if (tile >= tiles.first) fetch<true>(k_tiles, k, keys, tile, tiles.low, request.length);
         copy_commit();
-        if (tile >= tiles.first) fetch(v_tiles, v, keys, tile, tiles.low, request.length);
+        if (tile >= tiles.first) fetch<true>(v_tiles, v, keys, tile, tiles.low, request.length);
         copy_commit();
 
-        float sums[STRIPS][HEAD_DIM / 8][4];
+        Sums sums;
         Row state[STRIPS][2];
 #pragma unroll
         for (int strip = 0; strip < STRIPS; strip++) {
@@ -114,86 +241,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_v2(
 #pragma unroll
                 for (int i = 0; i < 4; i++) sums[strip][column][i] = 0.0f;
         }
-        int first_row = warp * WARP_ROWS;
-        int stage = 0;
+        word32 stage = 0;
 
-        for (; tile >= tiles.first; tile--) {
-            bool newest = tile == tiles.last - 1;
-            word32 k_tile = k_tiles + (STAGES > 1 ? stage * KeyTile::BYTES : 0);
-            word32 v_tile = v_tiles + (STAGES > 1 ? stage * KeyTile::BYTES : 0);
+        auto walk = [&](auto masked) {
+            Scores scores;
             if (STAGES > 1) {
-                // Keys of this step are there; everyone is done with the step before, whose place the next one takes.
-                copy_wait<1>();
+                // This step's tiles are there; everyone is done with the step before, whose place the next one takes.
+                copy_wait<0>();
                 __syncthreads();
-                stage ^= 1;
-                if (tile > tiles.first) fetch(k_tiles + stage * KeyTile::BYTES, k, keys, tile - 1, tiles.low, request.length);
-                copy_commit();
-            } else {
-                if (newest) copy_wait<1>();
-                else copy_wait<0>();
-                __syncthreads();
-                if (!newest) {
-                    fetch(v_tile, v, keys, tile, tiles.low, request.length);
+                if (tile > tiles.first) {
+                    fetch<WINDOWED>(k_tiles + (stage ^ KeyTile::BYTES), k, keys, tile - 1, tiles.low, request.length);
+                    fetch<WINDOWED>(v_tiles + (stage ^ KeyTile::BYTES), v, keys, tile - 1, tiles.low, request.length);
                     copy_commit();
                 }
-            }
-
-            // Scores: the warp's rows times all keys of the tile.
-            float scores[STRIPS][KEYS / 8][4];
-#pragma unroll
-            for (int strip = 0; strip < STRIPS; strip++)
-#pragma unroll
-                for (int column = 0; column < KEYS / 8; column++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) scores[strip][column][i] = 0.0f;
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                word32 left[STRIPS][4];
-                Lane at = Lane::left(lane);
-#pragma unroll
-                for (int strip = 0; strip < STRIPS; strip++)
-                    load_matrices(left[strip], q_tile + QueryTile::offset(first_row + strip * 16 + at.row, step * 2 + at.piece));
-                at = Lane::columns(lane);
-#pragma unroll
-                for (int column = 0; column < KEYS / 16; column++) {
-                    word32 right[4];
-                    load_matrices(right, k_tile + KeyTile::offset(column * 16 + at.row, step * 2 + at.piece));
-#pragma unroll
-                    for (int strip = 0; strip < STRIPS; strip++) {
-                        multiply(scores[strip][column * 2], left[strip], right[0], right[1]);
-                        multiply(scores[strip][column * 2 + 1], left[strip], right[2], right[3]);
-                    }
-                }
-            }
-
-            if (STAGES > 1) {
+            } else if (tile == tiles.last - 1) {
                 copy_wait<1>();
                 __syncthreads();
-                if (tile > tiles.first) fetch(v_tiles + stage * KeyTile::BYTES, v, keys, tile - 1, tiles.low, request.length);
-                copy_commit();
             } else {
                 copy_wait<0>();
                 __syncthreads();
-                if (tile > tiles.first) fetch(k_tile, k, keys, tile - 1, tiles.low, request.length);
+                fetch<WINDOWED>(v_tiles, v, keys, tile, tiles.low, request.length);
                 copy_commit();
             }
-
-            if (SOFTCAP) {
-#pragma unroll
-                for (int strip = 0; strip < STRIPS; strip++)
-#pragma unroll
-                    for (int column = 0; column < KEYS / 8; column++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) scores[strip][column][i] = tanh_exact(scores[strip][column][i] * cap);
+            score(scores, query_lane, key_lane, stage);
+            if (STAGES == 1) {
+                copy_wait<0>();
+                __syncthreads();
+                if (tile > tiles.first) {
+                    fetch<WINDOWED>(k_tiles, k, keys, tile - 1, tiles.low, request.length);
+                    copy_commit();
+                }
             }
-            bool masked = tile >= tiles.whole_last || (WINDOWED && tile < tiles.whole_first);
-            if (masked) {
+            if (SOFTCAP) cap_scores(scores, cap);
+            if (masked.value) {
 #pragma unroll
                 for (int strip = 0; strip < STRIPS; strip++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         int row = place.row + first_row + strip * 16 + half * 8 + lane / 4;
-                        Sight<CAUSAL, WINDOWED, TREE> sight(request, row, window, tree + (int64)(request.first + row) * words);
+                        const int* bits = tree + (int64)(request.first + row) * words;
+                        Sight<CAUSAL, WINDOWED, TREE> sight(request, row, window, bits);
 #pragma unroll
                         for (int column = 0; column < KEYS / 8; column++)
 #pragma unroll
@@ -202,61 +289,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_v2(
                                     scores[strip][column][half * 2 + i] = -infinity();
                     }
             }
-
-            // Exponentials, and what was added up so far brought to the new peak.
-#pragma unroll
-            for (int strip = 0; strip < STRIPS; strip++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    Row& row = state[strip][half];
-                    float peak = row.peak;
-#pragma unroll
-                    for (int column = 0; column < KEYS / 8; column++)
-                        peak = fmaxf(peak, fmaxf(scores[strip][column][half * 2], scores[strip][column][half * 2 + 1]));
-                    peak = quad_max(peak);
-                    // A row that has seen nothing yet has no finite peak: -infinity - -infinity would be NaN.
-                    float level = (masked && peak == -infinity() ? 0.0f : peak) * factor;
-                    float shrink = exp2_fast(row.peak * factor - level);
-                    row.peak = peak;
-                    row.sum *= shrink;
-#pragma unroll
-                    for (int column = 0; column < KEYS / 8; column++)
-#pragma unroll
-                        for (int i = half * 2; i < half * 2 + 2; i++) {
-                            float weight = exp2_fast(scores[strip][column][i] * factor - level);
-                            scores[strip][column][i] = weight;
-                            row.sum += weight;
-                        }
-#pragma unroll
-                    for (int column = 0; column < HEAD_DIM / 8; column++) {
-                        sums[strip][column][half * 2] *= shrink;
-                        sums[strip][column][half * 2 + 1] *= shrink;
-                    }
-                }
-
-            // Values: the weights, rounded to 16 bits, times the tile.
-#pragma unroll
-            for (int step = 0; step < KEYS / 16; step++) {
-                word32 left[STRIPS][4];
-#pragma unroll
-                for (int strip = 0; strip < STRIPS; strip++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float* pair = &scores[strip][step * 2 + i / 2][i % 2 * 2];
-                        left[strip][i] = pack(pair[0], pair[1]);
-                    }
-                Lane at = Lane::rows(lane);
-#pragma unroll
-                for (int column = 0; column < HEAD_DIM / 16; column++) {
-                    word32 right[4];
-                    load_matrices_transposed(right, v_tile + KeyTile::offset(step * 16 + at.row, column * 2 + at.piece));
-#pragma unroll
-                    for (int strip = 0; strip < STRIPS; strip++) {
-                        multiply(sums[strip][column * 2], left[strip], right[0], right[1]);
-                        multiply(sums[strip][column * 2 + 1], left[strip], right[2], right[3]);
-                    }
-                }
-            }
+            soften<masked.value>(scores, sums, state, factor);
+            add(sums, scores, value_lane, stage);
+            if (STAGES > 1) stage ^= KeyTile::BYTES;
+        };
+        if (WINDOWED) {
+            for (; tile >= tiles.first; tile--)
+                if (tile >= tiles.whole_last || tile < tiles.whole_first) walk(Flag<true>());
+                else walk(Flag<false>());
+        } else {
+            for (; tile >= max(tiles.first, tiles.whole_last); tile--) walk(Flag<true>());
+            for (; tile >= tiles.first; tile--) walk(Flag<false>());
         }
 
         // Rows leave through the place of their own queries, so that stores are 16 bytes wide.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ridgeline.kernels.cuda.instances import Defines, Instances
+from ridgeline.kernels.cuda.instances import ARCHITECTURE, Defines, Instances
 from ridgeline.kernels.cuda.nvrtc import FLOAT32, INT32, INT64, POINTER, Kernel
 from ridgeline.ops.attention import Attended, attention
 from ridgeline.ops.attention_call import FEATURES, Limits
@@ -44,9 +44,9 @@ class Tile(NamedTuple):
 
 
 LONG = {
-    64: Tile(128, 128, 4, 1, 2),
+    64: Tile(128, 64, 4, 2, 3),
     96: Tile(128, 64, 4, 1, 2),
-    128: Tile(128, 64, 4, 1, 2),
+    128: Tile(128, 64, 4, 2, 2),
     192: Tile(64, 64, 4, 1, 2),
     256: Tile(64, 64, 4, 1, 2),
 }
@@ -62,6 +62,12 @@ SHORT = {
 """By head dim, for requests of SHORT_ROWS rows or fewer on average: all loads of a block are under way at once."""
 
 SHORT_ROWS = 64
+CROWD = 512
+"""Blocks from which on short tiles of up to 128 columns share a multiprocessor by fours: fewer registers each, but
+more loads under way. Below, the shorter way through a block counts."""
+
+RESERVED_BYTES = 1024
+"""Shared memory that the system takes of each block."""
 
 ARGUMENTS = (*(POINTER,) * 12, *(INT32,) * 6, *(INT64,) * 6, *(FLOAT32,) * 2)
 
@@ -89,13 +95,29 @@ def kernel(
 
 
 def _tile_defines(tile: Tile, head_dim: int) -> Defines:
-    rows, keys, warps, stages, blocks = tile
-    return {"HEAD_DIM": head_dim, "ROWS": rows, "KEYS": keys, "WARPS": warps, "STAGES": stages, "BLOCKS": blocks}
+    return {"HEAD_DIM": head_dim, **{name.upper(): value for name, value in tile._asdict().items()}}
 
 
-def choose(tokens: int, requests: int, head_dim: int) -> Tile:
-    """The tile for a batch, from shapes alone."""
-    return (SHORT if tokens <= SHORT_ROWS * requests else LONG)[head_dim]
+def choose(
+    tokens: int, requests: int, heads: int, head_dim: int, shared_bytes: int = 233472, block_bytes: int = 232448
+) -> Tile:
+    """The tile for a batch, from shapes alone. shared_bytes, block_bytes: of a multiprocessor, and of a block."""
+    if tokens > SHORT_ROWS * requests:
+        tile = LONG[head_dim]
+    else:
+        tile = SHORT[head_dim]
+        if requests * heads >= CROWD and head_dim <= 128:
+            tile = tile._replace(blocks=4)
+    if tile.stages > 1 and tile.blocks * (tile.shared_bytes(head_dim) + RESERVED_BYTES) > shared_bytes:
+        tile = tile._replace(stages=1)
+    return tile
+
+
+@cache
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Shared memory of a device's multiprocessor, and what a block of it may have."""
+    found: Any = torch.cuda.get_device_properties(device)
+    return found.shared_memory_per_multiprocessor, found.shared_memory_per_block_optin
 
 
 @attention.kernel("v2", needs=LIMITS.need, accepts=LIMITS.accepts)
@@ -114,7 +136,7 @@ def run(tile: Tile | None, *args: Any, **kwargs: Any) -> Attended:
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device) if call.return_lse else None
     if tokens and requests and heads:
         if tile is None:
-            tile = choose(tokens, requests, head_dim)
+            tile = choose(tokens, requests, heads, head_dim, *_memory(q.device))
         cap, page = call.softcap, call.page or 0
         paged = call.block_tables is not None
         chosen = kernel(
@@ -140,24 +162,34 @@ LOG2_E = 1.4426950408889634
 
 
 def _defines(choice: Mapping[str, int | str]) -> Defines:
-    features = {name: value for name, value in choice.items() if name not in ("HEAD_DIM", "LENGTH")}
+    features = {name: value for name, value in choice.items() if name not in ("HEAD_DIM", "LENGTH", ARCHITECTURE)}
     head_dim = int(choice["HEAD_DIM"])
-    return {**features, **_tile_defines({"long": LONG, "short": SHORT}[str(choice["LENGTH"])][head_dim], head_dim)}
+    tokens, requests = {"long": (4096, 1), "short": (64, 1), "crowd": (4096, 64)}[str(choice["LENGTH"])]
+    return {**features, **_tile_defines(choose(tokens, requests, 32, head_dim), head_dim)}
+
+
+def _spill_bytes(choice: Mapping[str, int | str]) -> int:
+    """What may be spilled: where a tile lies, asked for again at its end. A tree's mask takes more, in its own loop."""
+    if choice["TREE"]:
+        return 512
+    plain = not choice["WINDOWED"] and not choice["SOFTCAP"] and choice["PAGE"] not in (16, 48)
+    return 96 if plain else 128
 
 
 INSTANCES = Instances(
     "attention_v2.cu",
-    ("sm_80", "sm_86", "sm_90"),
+    ("sm_80", "sm_90"),
     {
         "HEAD_DIM": LIMITS.head_dims,
-        "LENGTH": ("long", "short"),
+        "LENGTH": ("long", "short", "crowd"),
         "BF16": (0, 1),
         "CAUSAL": (0, 1),
         "WINDOWED": (0, 1),
         "SOFTCAP": (0, 1),
         "TREE": (0, 1),
-        "PAGE": (0, 16, 48, 64, 128, 256),
+        "PAGE": (0, 16, 48, 64, 256),
     },
     defines=_defines,
     exists=lambda choice: choice["CAUSAL"] == 1 or (choice["WINDOWED"] == 0 and choice["TREE"] == 0),
+    spill_bytes=_spill_bytes,
 )

@@ -5,7 +5,7 @@ Knows NVRTC, cubins, the driver's launch call and its tensor maps. It must not k
 A kernel is compiled for the GPU that it first runs on (seconds, once on a machine) and read from the disk
 afterwards. No header of CUDA is needed: include/ holds all that the sources use. A launch packs its arguments
 into memory that the driver was told of once, and makes one call of the C interface: of the ways from Python this
-costs the least (benchmarks/launch.py).
+costs the least (benchmarks/gpu_launch.py).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ MONTH_S = 30 * 24 * 3600
 STATIC_SHARED_BYTES = 48 * 1024
 """Shared memory that a block gets without asking for more."""
 INVALID_CONTEXT = 201
+
+_importing = threading.Lock()  # cuda-core cannot be imported by two threads at once
 
 watchers: list[Callable[[str], None]] = []
 """Called with a kernel's name before it is compiled, so that someone may say so."""
@@ -144,7 +146,8 @@ def compile(file: str, defines: Mapping[str, int | str], arch: str) -> Cubin:
 def _compile(file: str, defines: Mapping[str, int | str], arch: str) -> Cubin:
     _library_version()
     try:
-        from cuda.core import Program, ProgramOptions
+        with _importing:
+            from cuda.core import Program, ProgramOptions
     except ImportError as problem:
         raise missing(problem) from problem
     options = ProgramOptions(
@@ -155,6 +158,7 @@ def _compile(file: str, defines: Mapping[str, int | str], arch: str) -> Cubin:
         define_macro=[(name, str(value)) for name, value in sorted(defines.items())] or None,
         ptxas_options=["-v"],
         minimal=True,
+        device_as_default_execution_space=True,
     )
     log = io.StringIO()
     try:

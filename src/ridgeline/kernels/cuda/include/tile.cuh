@@ -92,11 +92,30 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const word32 (&left)[
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
 }
 
-// Where this lane points ldmatrix in a tile: for a left factor (16 rows x 16 columns), for a right factor stored by
-// its columns (16 of them x 16 of the contracted dimension), and for one stored by rows, to be read transposed.
+// Where one lane points ldmatrix in a tile. Three kinds: for a left factor (16 rows x 16 columns), for a right factor
+// stored by its columns (16 of them x 16 of the contracted dimension), and for one stored by rows, read transposed.
+//
+// `at` names squares of 16 x 16. Eight rows on, the permutation is the same, and a square's column flips bits of the
+// address: so one register and constants reach the whole tile.
+template <int Rows, int Columns>
 struct Lane {
-    int row, piece;
-    static __device__ __forceinline__ Lane left(int lane) { return {lane % 16, lane / 16}; }
-    static __device__ __forceinline__ Lane columns(int lane) { return {lane % 8 + lane / 16 * 8, lane / 8 % 2}; }
-    static __device__ __forceinline__ Lane rows(int lane) { return {lane % 16, lane / 16}; }
+    word32 wide, narrow;  // in a panel of 64 columns, and in one of 32
+
+    __device__ __forceinline__ Lane(word32 tile, int row, int piece) {
+        wide = tile + row * 128 + (((piece ^ row) & 7) << 4);
+        narrow = tile + Columns / 64 * (Rows * 128) + row * 64 + (((piece ^ (row >> 1)) & 3) << 4);
+    }
+    static __device__ __forceinline__ Lane left(word32 tile, int row, int lane) {
+        return Lane(tile, row + lane % 16, lane / 16);
+    }
+    static __device__ __forceinline__ Lane columns(word32 tile, int lane) {
+        return Lane(tile, lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    }
+    static __device__ __forceinline__ Lane rows(word32 tile, int lane) { return Lane(tile, lane % 16, lane / 16); }
+
+    // The square of rows 16 * row ... and columns 16 * column ...
+    __device__ __forceinline__ word32 at(int row, int column) const {
+        if (column < Columns / 64 * 4) return (wide ^ (column % 4 << 5)) + column / 4 * (Rows * 128) + row * 2048;
+        return (narrow ^ (column % 2 << 5)) + row * 1024;
+    }
 };
