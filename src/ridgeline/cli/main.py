@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ridgeline import __version__
-from ridgeline.cli import bench, bench_serving, explain, generate, kernels, plan, price, simulate
+from ridgeline.cli import bench, bench_serving, calibrate, explain, generate, kernels, plan, price, simulate
 from ridgeline.core.errors import RidgelineError
 
 application = typer.Typer(
@@ -26,6 +26,7 @@ application.command("generate")(generate.command)
 application.add_typer(kernels.application)
 bench.application.command("throughput")(bench_serving.command)
 application.add_typer(bench.application)
+application.command("calibrate")(calibrate.command)
 application.command("explain")(explain.command)
 application.command("plan")(plan.command)
 application.command("price")(price.command)

@@ -6,12 +6,14 @@ Knows options and tables. It must not know how time passes (study/simulate.py).
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ridgeline.cli import options, workload
+from ridgeline.core.errors import InvalidArgument
 
 
 def command(
@@ -33,18 +35,25 @@ def command(
     scheduling_policy: options.SchedulingPolicy = "fcfs",
     enable_chunked_prefill: options.ChunkedPrefill = True,
     gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
+    card: Annotated[Path | None, typer.Option(help="Steps take what `ridgeline calibrate` measured.")] = None,
     seed: workload.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Serve a workload in virtual time, with the real scheduler and KV cache; steps take their floor's time."""
+    """Serve a workload in virtual time, with the real scheduler and KV cache; steps at their floor, or by a card."""
     from ridgeline.cli.progress import bar
+    from ridgeline.perf.card import load_card
     from ridgeline.study.plan import machines, planner
-    from ridgeline.study.simulate import setting_for, simulate
+    from ridgeline.study.simulate import carded, setting_for, simulate
     from ridgeline.workload.measure import objectives_named
 
     objectives = objectives_named(slo) if slo else None
+    measured = load_card(card) if card else None
     machine = machines([hardware])[0]
     planned = planner(model, dtype)
+    if measured and (measured.model, measured.dtype) != (planned.name, planned.dtype):
+        raise InvalidArgument(
+            "card", f"{card} is of {measured.model} in {measured.dtype}, not of {planned.name} in {planned.dtype}"
+        )
     setting = setting_for(
         planned,
         machine,
@@ -58,19 +67,22 @@ def command(
     jobs = workload.jobs_of(
         trace, num_prompts, prompt_len, output_len, length_scale, request_rate, burstiness, seed, setting.max_model_len
     )
+    seconds, host_s = carded(measured) if measured else (planned.seconds(machine), None)
+    steps = f"card {measured.sha256[:12]}" if measured else "floor"
     with bar("simulating", shown=not as_json) as progress:
         found = simulate(
             jobs,
             setting,
-            planned.seconds(machine),
+            seconds,
+            host_s,
             objectives=objectives,
             concurrency=max_concurrency,
             progress=progress,
         )
     if as_json:
-        head = {"model": planned.name, "hardware": machine.id, "dtype": planned.dtype, "steps": "floor"}
+        head = {"model": planned.name, "hardware": machine.id, "dtype": planned.dtype, "steps": steps}
         print(json.dumps({**head, **found.report.as_dict()}))
         return
     where = f"{planned.name}, {planned.dtype}, on {machine.name}"
-    title = f"{where}: {len(jobs)} requests in virtual time (steps at their floor)"
+    title = f"{where}: {len(jobs)} requests in virtual time (steps by their {steps})"
     Console().print(workload.report_table(found.report, title))

@@ -27,7 +27,7 @@ class Hardware:
 
     matrix: FLOP/s of the matrix units by dtype name, dense, fp32 accumulation. vector_flops: fp32 FLOP/s of the
     other units. clock_hz: at which those hold. sms: multiprocessors (compute units, cores).
-    source: where the figures come from, by group.
+    device: its type as torch names it. source: where the figures come from, by group.
     """
 
     id: str
@@ -47,6 +47,7 @@ class Hardware:
     device_link_bytes_per_s: float | None = None
     watts: float | None = None
     price_per_hour: float | None = None
+    device: str = "cuda"
     source: Mapping[str, str] = field(default_factory=dict)
 
     def flops(self, dtype: str) -> float:
@@ -143,7 +144,7 @@ def _built_in() -> Mapping[str, Hardware]:
 
 
 _NAMES = {one.name for one in fields(Hardware)} - {"id"}
-_NUMBERS = _NAMES - {"name", "matrix", "source"}
+_NUMBERS = _NAMES - {"name", "matrix", "device", "source"}
 
 
 def _machine(name: str, values: Any, known: Hardware | None, origin: str) -> Hardware:

@@ -471,5 +471,5 @@ def this_machine() -> Hardware:
         )  # fmt: skip
     return Hardware(
         id=THIS, name=name, matrix=rates, vector_flops=limit.flops_per_s, memory_bytes=total,
-        memory_bytes_per_s=limit.dram_bytes_per_s, sms=sms, source=measured,
+        memory_bytes_per_s=limit.dram_bytes_per_s, sms=sms, device=device.type, source=measured,
     )  # fmt: skip

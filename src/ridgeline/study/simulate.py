@@ -11,9 +11,11 @@ from typing import Any
 
 from ridgeline.core.errors import DoesNotFit, InvalidArgument
 from ridgeline.core.step import Spans, StepPlan, StepRecord
+from ridgeline.engine.build import DEFAULT_BATCHED_TOKENS
 from ridgeline.engine.virtual import Setting, build_virtual
+from ridgeline.perf.card import Card
 from ridgeline.perf.hardware import Hardware
-from ridgeline.study.plan import BLOCK_SIZE, CHUNK_TOKENS, Planner
+from ridgeline.study.plan import BLOCK_SIZE, Planner
 from ridgeline.workload.arrivals import Job, poisson
 from ridgeline.workload.drive import drive
 from ridgeline.workload.measure import Report, Served, report
@@ -23,6 +25,15 @@ TYPICAL_RUNS = 20
 
 Seconds = Callable[[Spans, int], float]
 """Time of a step from its spans and the number of sampled rows."""
+
+
+def carded(card: Card) -> tuple[Seconds, Callable[[StepPlan], float]]:
+    """(device seconds, host seconds) of steps as a card predicts them."""
+
+    def host_s(plan: StepPlan) -> float:
+        return card.host_step_s + card.host_request_s * len(plan.chunks)
+
+    return card.device_s, host_s
 
 
 @dataclass
@@ -46,7 +57,7 @@ def setting_for(
 ) -> Setting:
     """The engine that this model would have on this machine. DoesNotFit if one request of full length does not."""
     length = max_model_len or planner.spec.max_positions
-    tokens = max_num_batched_tokens or max(CHUNK_TOKENS, max_num_seqs)
+    tokens = max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS[hardware.device], max_num_seqs)
     if not enable_chunked_prefill and max_num_batched_tokens is None:
         tokens = max(tokens, length)
     capacity_tokens = planner.capacity_tokens(hardware, utilization, tokens, min(max_num_seqs, tokens))
@@ -81,14 +92,14 @@ def simulate(
     jobs: Sequence[Job],
     setting: Setting,
     seconds: Seconds,
-    host_s: Callable[[StepPlan], float] = lambda plan: 0.0,
+    host_s: Callable[[StepPlan], float] | None = None,
     objectives: Mapping[str, float] | None = None,
     concurrency: int | None = None,
     keep_steps: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Simulation:
     """Serve `jobs` in virtual time. Jobs longer than max_model_len fail, as they would in the engine."""
-    engine = build_virtual(setting, seconds_of(seconds), host_s)
+    engine = build_virtual(setting, seconds_of(seconds), host_s or (lambda plan: 0.0))
     steps: list[StepRecord] = []
     if keep_steps:
         engine.listeners.append(steps.append)
@@ -120,7 +131,7 @@ def capacity(
     seconds: Seconds,
     objectives: Mapping[str, float],
     share: float = 0.99,
-    host_s: Callable[[StepPlan], float] = lambda plan: 0.0,
+    host_s: Callable[[StepPlan], float] | None = None,
     precision: float = 0.02,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
