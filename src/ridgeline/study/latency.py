@@ -19,12 +19,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from ridgeline import LLM, SamplingParams
 from ridgeline.core.errors import DoesNotFit, InvalidArgument, KernelRefused
 from ridgeline.core.step import StepRecord
-from ridgeline.study.attention.bench import INTERVALS, describe, device_name, versions
+from ridgeline.study.attention.bench import INTERVALS, describe, device_name, device_of, versions
 from ridgeline.study.attention.cases import REPORT_BATCHES, REPORT_SEQUENCE, REPORT_SPEEDUPS
 from ridgeline.study.attention.report import Table, seconds, times
 from ridgeline.study.attention.rungs import STANDARD, rungs
@@ -81,7 +79,7 @@ def run(settings: Settings, attention: Sequence[str] = (), progress: Progress = 
     attention: values of attention_backend, all rungs of this device if empty (those that refuse the model are listed
     with their reason). Raises what LLM raises for a named one.
     """
-    device = torch.device(device_name(settings.device))
+    device = device_of(settings.device)
     wanted = list(attention) or list(rungs(device))
     model = str(shape()) if settings.model is None else settings.model
     left_out: dict[str, str] = {}

@@ -27,7 +27,7 @@ from ridgeline.ops import REGISTRY
 from ridgeline.ops.attention import attention_inputs
 from ridgeline.ops.op import Kernel
 from ridgeline.study.attention import rungs, tensors
-from ridgeline.study.attention.bench import CACHES_BEYOND, allowed_error, describe, device_name, versions
+from ridgeline.study.attention.bench import CACHES_BEYOND, allowed_error, describe, device_of, versions
 from ridgeline.study.attention.cases import ITEM_BYTES, Case
 from ridgeline.study.attention.report import Table, times
 from ridgeline.study.timing import Stretch, Works, alternate, clocks, forget, geometric_mean, interval, on_cuda, on_host
@@ -129,7 +129,7 @@ def run(settings: Settings, progress: Progress = _silent) -> dict[str, Any]:
     Raises InvalidArgument for a kernel that declares no table (naming those that do), KernelRefused if this device has
     nothing to tune.
     """
-    device = torch.device(device_name(settings.device))
+    device = device_of(settings.device)
     serving = rungs.rungs(device)
     entries = _entries(settings, serving, device)
     name = str(describe(device)["name"])

@@ -94,9 +94,7 @@ def run(
     before each step. Raises InvalidArgument for a wrong option and KernelRefused for something named that cannot run;
     a contestant that refuses a single case is marked there with its reason.
     """
-    device = torch.device(device_name(choice.device))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = device_of(choice.device)
     listed = cases(experiment, choice)
     if settings.counters:
         if device.type != "cuda":
@@ -141,6 +139,15 @@ def device_name(wanted: str) -> str:
     if kind == "cuda" and int(index or 0) >= count:
         raise InvalidArgument("device", f"{wanted} was asked for, this machine has {count} CUDA devices")
     return wanted
+
+
+def device_of(wanted: str) -> torch.device:
+    """The device of a name, made the current one if it is a GPU."""
+    device = torch.device(device_name(wanted))
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -270,9 +277,10 @@ class _Bench:
                 result["refused"] = "does not fit into memory"
                 forget(self.device)
             except RuntimeError as error:
-                if one.peer is None or "CUDA error" in str(error):
+                if "CUDA error" in str(error):  # the device is lost to this process
                     raise
                 result["refused"] = " ".join(str(error).split())[:200]
+                result["wrong"] = one.kernel is not None  # a rung refuses by KernelRefused, or it is broken
         self.progress(done + len(self.players.contestants), total, f"{case.label}: {self.settings.rounds} rounds")
         for key, stretches in (("seconds", arms), ("eager_seconds", eager)):
             for name, taken in alternate(stretches, self.settings.rounds).items() if stretches else ():
