@@ -10,6 +10,7 @@ with), into an empty folder, then again from it, loading onto the GPU included.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import tempfile
 import time
@@ -26,6 +27,7 @@ from ridgeline.kernels.cuda.nvrtc import FLOAT32, INT32, INT64, POINTER, Kernel
 
 MOST_COMPILE_S, MOST_CACHE_S = 5.0, 0.05
 ARGUMENTS = (*(POINTER,) * 12, *(INT32,) * 6, *(INT64,) * 6, *(FLOAT32,) * 2)
+NUMBERS = (*(1,) * 12, *(0.5,) * 2)
 SOURCE = """
 extern "C" __global__ void touch({}) {{ if (i0 < 0) *reinterpret_cast<float*>(p0) = f0 + f1; }}
 """.format(
@@ -47,13 +49,17 @@ def main(argv: Sequence[str] | None = None) -> Record:
         os.environ["RIDGELINE_CACHE"] = scratch
         nvrtc.folder.cache_clear()
         launches(record, Path(scratch), options.rounds, calls)
-        compiles(record)
+        compiles(record, options.kernels)
     record.close()
     return record
 
 
 def arguments() -> argparse.ArgumentParser:
-    return parser(__doc__ or "", rounds=20)
+    result = parser(__doc__ or "", rounds=20)
+    result.add_argument(
+        "--kernels", nargs="+", default=[], help="modules to compile (default: all that declare INSTANCES)"
+    )
+    return result
 
 
 def launches(record: Record, scratch: Path, rounds: int, calls: int) -> None:
@@ -61,10 +67,9 @@ def launches(record: Record, scratch: Path, rounds: int, calls: int) -> None:
     source = scratch / "touch.cu"
     source.write_text(SOURCE)
     tensors = [torch.zeros(64, device="cuda") for _ in range(12)]
-    numbers = (1,) * 12, (0.5,) * 2
     ours = Kernel(str(source), "touch", ARGUMENTS, {})
     arms: dict[str, Callable[[], Any]] = {
-        "Kernel.launch": lambda: ours.launch((1, 1, 1), 32, 0, *tensors, *numbers[0], *numbers[1]),
+        "Kernel.launch": lambda: ours.launch((1, 1, 1), 32, 0, *tensors, *NUMBERS),
         "torch add_": lambda: tensors[0].add_(1.0),
         **_others(source, tensors),
     }
@@ -86,45 +91,44 @@ def launches(record: Record, scratch: Path, rounds: int, calls: int) -> None:
 
 
 def _others(source: Path, tensors: list[torch.Tensor]) -> dict[str, Callable[[], Any]]:
-    """The same kernel through cuda-core and cuda-bindings."""
+    """The same kernel through cuda-core and cuda-bindings, from the same tensors and numbers on the same stream."""
     from cuda.bindings import driver
     from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
+    from numpy import float32, int32, int64, uint64
 
     device = Device(torch.cuda.current_device())
     device.set_current()
     code = nvrtc.compile(str(source), {}, nvrtc.architecture(torch.cuda.current_device())).code
     kernel = ObjectCode.from_cubin(code).get_kernel("touch")
-    config = LaunchConfig(grid=1, block=32)
-    stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-    pointers = [tensor.data_ptr() for tensor in tensors]
-
-    import ctypes
-
-    from numpy import float32, int32, int64, uint64
-
-    values = (
-        *(uint64(pointer) for pointer in pointers), *(int32(1),) * 6, *(int64(1),) * 6, *(float32(0.5),) * 2,
-    )  # fmt: skip
-    kinds = (*(ctypes.c_void_p,) * 12, *(ctypes.c_int,) * 6, *(ctypes.c_longlong,) * 6, *(ctypes.c_float,) * 2)
-    plain = (*pointers, *(1,) * 12, *(0.5,) * 2)
     handle = driver.CUfunction(int(kernel.handle))
-    raw = torch.cuda.current_stream().cuda_stream
+    config = LaunchConfig(grid=1, block=32)
+    streams: dict[int, Stream] = {}
+    kinds = (*(ctypes.c_void_p,) * 12, *(ctypes.c_int,) * 6, *(ctypes.c_longlong,) * 6, *(ctypes.c_float,) * 2)
+    makers = (*(uint64,) * 12, *(int32,) * 6, *(int64,) * 6, *(float32,) * 2)
+
+    def values() -> list[Any]:
+        return [*(tensor.data_ptr() for tensor in tensors), *NUMBERS]
+
+    def core() -> None:
+        raw = torch.cuda.current_stream().cuda_stream
+        stream = streams.get(raw) or streams.setdefault(raw, Stream.from_handle(raw))
+        launch(stream, config, kernel, *(make(value) for make, value in zip(makers, values())))
 
     def bindings() -> None:
-        (error,) = driver.cuLaunchKernel(handle, 1, 1, 1, 32, 1, 1, 0, raw, (plain, kinds), 0)
+        raw = torch.cuda.current_stream().cuda_stream
+        (error,) = driver.cuLaunchKernel(handle, 1, 1, 1, 32, 1, 1, 0, raw, (tuple(values()), kinds), 0)
         assert not error, error
 
-    return {
-        "cuda-core launch": lambda: launch(stream, config, kernel, *values),
-        "cuda-bindings cuLaunchKernel": bindings,
-    }
+    return {"cuda-core launch": core, "cuda-bindings cuLaunchKernel": bindings}
 
 
-def compiles(record: Record) -> None:
+def compiles(record: Record, only: Sequence[str]) -> None:
     """Seconds to compile each source, and to read it from the disk and load it."""
     current = nvrtc.architecture(torch.cuda.current_device())
     rows, slowest, latest = [], 0.0, 0.0
     for name, instances in declared().items():
+        if only and name not in only:
+            continue
         fitting = [one for one in instances.cover() if str(one[ARCHITECTURE]).rstrip("a") == current]
         if not fitting:
             continue
@@ -137,9 +141,9 @@ def compiles(record: Record) -> None:
         again = nvrtc.compile(instances.file, defines, arch).code
         read = time.perf_counter()
         assert again == code
-        library = nvrtc.ctypes.c_void_p()
-        none = nvrtc.ctypes.c_void_p()
-        reference = nvrtc.ctypes.byref(library)
+        library = ctypes.c_void_p()
+        none = ctypes.c_void_p()
+        reference = ctypes.byref(library)
         nvrtc._checked(nvrtc._driver().cuLibraryLoadData(reference, code, none, none, 0, none, none, 0), "loading")
         loaded = time.perf_counter()
         taken = compiled - start, loaded - compiled

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cuda_attention_checks import FEATURES, RAGGED, hold, ragged
 
+from ridgeline.kernels.cuda import nvrtc
 from ridgeline.ops.attention import attention, attention_inputs
 
 pytestmark = pytest.mark.gpu
@@ -81,6 +84,29 @@ def test_in_a_graph(rung: str) -> None:
     graph.replay()
     assert torch.equal(out, kernel(**arguments))
     assert not out.isnan().any()
+
+
+def test_on_a_thread_that_has_not_used_the_gpu() -> None:
+    arguments = attention_inputs("cuda", torch.bfloat16, 2, 2, 64, None, None, (5, 9), (50, 9))
+    kernel = kernel_for("v2", arguments)
+    wanted = kernel(**arguments)
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(kernel(**arguments)))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], wanted)
+
+
+def test_a_launch_that_does_not_fit_the_machine_code_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "two.cu"
+    source.write_text('extern "C" __global__ void two(float* a, int n) { a[n] = 1.0f; }')
+    tensor = torch.zeros(4, device="cuda")
+    nvrtc.Kernel(str(source), "two", (nvrtc.POINTER, nvrtc.INT32), {}).launch((1, 1, 1), 1, 0, tensor, 2)
+    assert tensor.tolist() == [0, 0, 1, 0]
+    with pytest.raises(RuntimeError, match="parameters"):
+        nvrtc.Kernel(str(source), "two", (nvrtc.POINTER, nvrtc.INT64), {}).launch((1, 1, 1), 1, 0, tensor, 2)
+    with pytest.raises(RuntimeError, match=r"launch of two.*failed"):
+        nvrtc.Kernel(str(source), "two", (nvrtc.POINTER, nvrtc.INT32), {}).launch((1, 1, 1), 2048, 0, tensor, 2)
 
 
 @pytest.mark.parametrize("rung", RUNGS)

@@ -20,7 +20,7 @@ SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sa
 def test_clean(rung: str, tool: str) -> None:
     script = Path(__file__).parent / "cuda_sanitize.py"
     done = subprocess.run(
-        [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", f"kns=attention_{rung}", sys.executable,
+        [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--kernel-name", f"kns=attention_{rung}", sys.executable,
          str(script), rung],
         capture_output=True,
         text=True,

@@ -4,8 +4,8 @@ Knows NVRTC, cubins, the driver's launch call and its tensor maps. It must not k
 
 A kernel is compiled for the GPU that it first runs on (seconds, once on a machine) and read from the disk
 afterwards. No header of CUDA is needed: include/ holds all that the sources use. A launch packs its arguments
-into memory that the driver was told of once, and makes one call of the C interface: of the ways from Python this
-costs the least (benchmarks/gpu_launch.py).
+into memory that the driver was told of once, and makes one call of the C interface (benchmarks/gpu_launch.py times
+it beside the ways that cuda-core and cuda-bindings offer).
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ POINTER, INT32, INT64, FLOAT32, TENSOR_MAP = "Q", "i4x", "q", "f4x", "128s"
 """Kinds of arguments of a kernel: a tensor or None, numbers, and 128 bytes of `tensor_map` by value."""
 
 _SIZES = {POINTER: 8, INT32: 4, INT64: 8, FLOAT32: 4, TENSOR_MAP: 128}
-_CONFIG = struct.Struct("<7I4xQQI4x")
+_CONFIG = "<7I4xQQI4x"  # CUlaunchConfig: grid, block, shared bytes, stream, attributes and their number
 _CLUSTER_DIMENSION, _DEPENDENT = 4, 6
 
 
@@ -217,11 +217,13 @@ class Kernel:
         self._loaded: dict[int, ctypes.c_void_p] = {}
         self._lock = threading.Lock()
         self._pointers = tuple(place for place, kind in enumerate(arguments) if kind == POINTER)
-        layout = struct.Struct("<" + "".join(arguments))
-        self._pack, self._values = layout.pack_into, ctypes.create_string_buffer(max(layout.size, 1))
-        starts = [struct.calcsize("<" + "".join(arguments[:place])) for place in range(len(arguments))]
-        base = ctypes.addressof(self._values)
+        # One piece of memory: the launch's configuration, then the values of the parameters, each at its own address.
+        layout = struct.Struct(_CONFIG + "".join(arguments))
+        self._pack, self._memory = layout.pack_into, ctypes.create_string_buffer(layout.size)
+        base = ctypes.addressof(self._memory)
+        starts = [struct.calcsize(_CONFIG + "".join(arguments[:place])) for place in range(len(arguments))]
         self._places = (ctypes.c_void_p * len(arguments))(*(base + start for start in starts))
+        self._references = ctypes.c_void_p(base), ctypes.c_void_p(ctypes.addressof(self._places))
         attributes = b""
         if cluster != (1, 1, 1):
             attributes += struct.pack("<I4x3I52x", _CLUSTER_DIMENSION, *cluster)
@@ -229,11 +231,6 @@ class Kernel:
             attributes += struct.pack("<I4xi60x", _DEPENDENT, 1)
         self._attributes = ctypes.create_string_buffer(attributes, max(len(attributes), 1))
         self._attribute_list = (ctypes.addressof(self._attributes), len(attributes) // 72)
-        self._config = ctypes.create_string_buffer(_CONFIG.size)
-        self._references = (
-            ctypes.c_void_p(ctypes.addressof(self._config)),
-            ctypes.c_void_p(ctypes.addressof(self._places)),
-        )
         self._call: Any = None
 
     def load(self, device: int) -> ctypes.c_void_p:
@@ -248,15 +245,7 @@ class Kernel:
             what = f"loading {self.symbol} of {self.file}"
             _checked(cuda.cuLibraryLoadData(ctypes.byref(library), code, none, none, 0, none, none, 0), what)
             _checked(cuda.cuLibraryGetKernel(ctypes.byref(handle), library, self.symbol.encode()), what)
-            offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-            sizes: list[int] = []
-            while not cuda.cuKernelGetParamInfo(
-                handle, ctypes.c_size_t(len(sizes)), ctypes.byref(offset), ctypes.byref(size)
-            ):
-                sizes.append(size.value)
-            expected = [_SIZES[kind] for kind in self.arguments]
-            if sizes != expected:
-                raise RuntimeError(f"{what}: its parameters have {sizes} bytes, the launch would give {expected}")
+            self._check(cuda, handle, what)
             if self.shared_bytes > STATIC_SHARED_BYTES:
                 # 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked(cuda.cuKernelSetAttribute(8, self.shared_bytes, handle, device), what)
@@ -265,6 +254,22 @@ class Kernel:
             self._call = cuda.cuLaunchKernelEx
             self._loaded[device] = handle
             return handle
+
+    def _check(self, cuda: ctypes.CDLL, handle: ctypes.c_void_p, what: str) -> None:
+        """Hold the declared kinds of arguments against the parameters of the machine code."""
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        sizes = []
+        for number in range(len(self.arguments)):
+            into = ctypes.byref(offset), ctypes.byref(size)
+            sizes.append(0 if cuda.cuKernelGetParamInfo(handle, ctypes.c_size_t(number), *into) else size.value)
+        expected = [_SIZES[kind] for kind in self.arguments]
+        count = ctypes.c_size_t(len(sizes))
+        if hasattr(cuda, "cuKernelGetParamCount"):  # drivers of CUDA 13.1 and later
+            _checked(cuda.cuKernelGetParamCount(handle, ctypes.byref(count)), what)
+        if sizes != expected or count.value != len(sizes):
+            raise RuntimeError(
+                f"{what}: its {count.value} parameters have {sizes} bytes, the launch would give {expected}"
+            )
 
     def launch(self, grid: tuple[int, int, int], block: int, shared_bytes: int, *arguments: Any) -> None:
         """Launch on the current stream of the device of the first tensor among the arguments.
@@ -285,8 +290,7 @@ class Kernel:
         handle = self._loaded.get(device) or self.load(device)
         stream = torch._C._cuda_getCurrentRawStream(device)
         with self._lock:
-            self._pack(self._values, 0, *values)
-            _CONFIG.pack_into(self._config, 0, *grid, block, 1, 1, shared_bytes, stream, *self._attribute_list)
+            self._pack(self._memory, 0, *grid, block, 1, 1, shared_bytes, stream, *self._attribute_list, *values)
             if torch._C._cuda_getDevice() == device:
                 result = self._call(self._references[0], handle, self._references[1], None)
             else:
