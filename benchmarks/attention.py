@@ -1,7 +1,6 @@
 """Attention rung by rung, kept on record: the experiments of `ridgeline bench attention`.
 
 Each experiment runs as the command would run it; the file holds its whole result beside machine, versions and clocks.
---lock names a file that is held while an experiment runs, so that a shared machine is asked for turn by turn.
 
     python -m benchmarks.attention report sweep --device cpu --rungs standard,blocked,fused
     PYTHONPATH=src python3 -m benchmarks.attention report sweep decode memory --counters --out $OUT
@@ -10,9 +9,7 @@ Each experiment runs as the command would run it; the file holds its whole resul
 from __future__ import annotations
 
 import argparse
-import fcntl
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +50,6 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True)
     result.add_argument("--counters", action="store_true", help="read hardware counters too")
     result.add_argument("--plots", type=Path, help="folder for pictures")
-    result.add_argument("--lock", type=Path, help="file to be held while an experiment runs")
     return result
 
 
@@ -77,9 +73,8 @@ def measure(options: argparse.Namespace) -> Record:
     settings = bench.Settings(rounds=options.rounds, graph=options.graph, counters=options.counters)
     record.settings = {"dtype": dtype, "threads": torch.get_num_threads(), "inputs": "normal random"}
     for experiment in options.experiments or EXPERIMENTS:
-        with held(options.lock):
-            record.observe(f"{experiment} begins")
-            result = bench.run(experiment, choice, settings, names(options.rungs), names(options.peers))
+        record.observe(f"{experiment} begins")
+        result = bench.run(experiment, choice, settings, names(options.rungs), names(options.peers))
         for table in report.tables(result):
             record.table(table.title, list(table.columns), [list(row) for row in table.rows])
         for line in (*report.claims(result), *report.refusals(result)):
@@ -104,17 +99,6 @@ def samples_of(result: dict[str, Any]) -> dict[str, Any]:
 
 def names(text: str) -> list[str]:
     return [one for one in text.split(",") if one]
-
-
-@contextmanager
-def held(lock: Path | None) -> Iterator[None]:
-    """Hold an advisory lock on a file."""
-    if lock is None:
-        yield
-        return
-    with lock.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":
