@@ -79,6 +79,8 @@ def measure(options: argparse.Namespace) -> Record:
             record.table(table.title, list(table.columns), [list(row) for row in table.rows])
         for line in (*report.claims(result), *report.refusals(result)):
             print(line)
+        for line in report.wrong(result):
+            record.note(line)
         record.timings[experiment] = samples_of(result)
         record.summary[experiment] = {**result, "claims": report.claims(result)}
         if options.plots is not None:

@@ -52,7 +52,7 @@ def test_attention_as_json_with_pictures_and_a_file(tmp_path: Path) -> None:
     assert json.loads(kept.read_text()) == result
     assert set(result) == {
         "benchmark", "experiment", "device", "versions", "settings", "contestants", "left_out", "limit", "cells",
-        "intervals",
+        "failures", "intervals",
     }  # fmt: skip
     assert result["benchmark"] == "attention"
     assert result["settings"] == {"rounds": 2, "graph": False, "check": True, "counters": False, "copies": None}

@@ -141,7 +141,7 @@ def attention(
             console.print(Text(f"-> {path}"))
     mistakes = report.wrong(result)
     if mistakes:
-        raise RidgelineError(f"wrong numbers: {'; '.join(mistakes)}")
+        raise RidgelineError(f"not all is right: {'; '.join(mistakes)}")
 
 
 @application.command("latency")

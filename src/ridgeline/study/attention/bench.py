@@ -115,14 +115,15 @@ def run(
         "limit": None,
     }
     if experiment == "memory":
-        return {**result, "cells": bench.memory(listed), "intervals": INTERVALS}
+        return {**result, "cells": bench.memory(listed), "failures": [], "intervals": INTERVALS}
     limit = measure_limit(device, max(case.floor_bytes for case in listed), getattr(torch, choice.dtype))
     result["limit"] = {
         "read_bytes_per_s": limit.read_bytes_per_s,
         "dram_bytes_per_s": limit.dram_bytes_per_s,
         "flops_per_s": limit.flops_per_s,
     }
-    return {**result, "cells": bench.speed(listed, limit), "intervals": INTERVALS}
+    cells = bench.speed(listed, limit)
+    return {**result, "cells": cells, "failures": bench.failures, "intervals": INTERVALS}
 
 
 INTERVALS = "[median, low, high], 95 % bootstrap of the median over rounds"
@@ -204,6 +205,7 @@ class _Bench:
         self.players = players
         self.progress = progress
         self.on_gpu = device.type == "cuda"
+        self.failures: list[str] = []
 
     def settings_dict(self) -> dict[str, Any]:
         one = self.settings
@@ -229,7 +231,10 @@ class _Bench:
             forget(self.device)
         if self.settings.counters:
             self.progress(done, total, "counters")
-            self._count_in_hardware(cells)
+            try:
+                self._count_in_hardware(cells)
+            except KernelRefused as error:  # the times are worth keeping
+                self.failures.append(str(error))
         self.progress(total, total, "done")
         return [cell.as_dict() for cell in cells]
 
@@ -276,10 +281,10 @@ class _Bench:
             except torch.OutOfMemoryError:
                 result["refused"] = "does not fit into memory"
                 forget(self.device)
-            except RuntimeError as error:
+            except Exception as error:
                 if "CUDA error" in str(error):  # the device is lost to this process
                     raise
-                result["refused"] = " ".join(str(error).split())[:200]
+                result["refused"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 result["wrong"] = one.kernel is not None  # a rung refuses by KernelRefused, or it is broken
         self.progress(done + len(self.players.contestants), total, f"{case.label}: {self.settings.rounds} rounds")
         for key, stretches in (("seconds", arms), ("eager_seconds", eager)):
@@ -382,10 +387,11 @@ class _Bench:
             return {"refused": str(error)}
         except torch.OutOfMemoryError:
             return {"refused": "does not fit into memory"}
-        except RuntimeError as error:
-            if one.peer is None or "CUDA error" in str(error):
+        except Exception as error:
+            if "CUDA error" in str(error):
                 raise
-            return {"refused": " ".join(str(error).split())[:200]}
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return {"refused": said, "wrong": one.kernel is not None}
 
 
 def allowed_error(plain: float, dtype: torch.dtype) -> float:

@@ -54,13 +54,14 @@ def refusals(result: Result) -> list[str]:
 
 
 def wrong(result: Result) -> list[str]:
-    """Contestants whose numbers were wrong, by case."""
-    return [
+    """Contestants whose numbers were wrong or that broke, by case, and what else failed."""
+    broken = (
         f"{name} on {cell['case']['label']} ({one['refused']})"
         for cell in result["cells"]
         for name, one in cell["results"].items()
         if one.get("wrong")
-    ]
+    )
+    return [*result["failures"], *broken]
 
 
 def seconds(value: float) -> str:
