@@ -187,7 +187,7 @@ class Runner:
         if len(step.names) < len(chunks):
             step.rows = [row for row, chunk in enumerate(chunks) if chunk.sampling is not None]
         if launched.tokens is not None:
-            step.tokens = _to_host(launched.tokens)
+            step.tokens = _to_host(launched.tokens, reused=True)
             self._tokens, self._places = graphs.sampled, {name: row for row, name in enumerate(_names(plan))}
             return
         hidden = launched.hidden
@@ -231,8 +231,11 @@ def _names(plan: StepPlan) -> list[str]:
     return [chunk.request_id for chunk in plan.chunks]
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, in pinned memory and without waiting where the device is a GPU."""
+def _to_host(tensor: torch.Tensor, reused: bool = False) -> torch.Tensor:
+    """A GPU's tensor as a copy on the host, in pinned memory and without waiting; a CPU's as it is, unless the next
+    step writes to it."""
+    if tensor.device.type == "cpu" and not reused:
+        return tensor
     return tensor.to("cpu", non_blocking=True, copy=True)
 
 

@@ -118,7 +118,7 @@ class Explained:
         }
 
 
-class _Watched:
+class Watched:
     """An executor that runs every step under a Timer."""
 
     def __init__(self, built: Built, timer: Timer) -> None:
@@ -160,7 +160,7 @@ def explain(
     own = OwnProduct(built.table.ops("prefill").linear, panels)
     curve = measure_curve(device, dtype, own)
     plain: list[StepRecord] = []
-    watched = _Watched(built, Timer(torch.device(config.device)))
+    watched = Watched(built, Timer(torch.device(config.device)))
     executor = built.engine.executor
     watched_s: dict[str, list[float]] = {}
     done = 0

@@ -61,7 +61,7 @@ def drive(
             if concurrency is not None:
                 served[upcoming].arrival_s = max(arrival, clock.now())
             try:
-                engine.add(_request(jobs[upcoming], upcoming, served[upcoming].arrival_s, vocabulary, seed))
+                engine.add(request_of(jobs[upcoming], upcoming, served[upcoming].arrival_s, vocabulary, seed))
                 active += 1
             except RidgelineError as error:
                 served[upcoming].error = str(error)
@@ -91,7 +91,8 @@ def drive(
     return served
 
 
-def _request(job: Job, number: int, arrival_s: float, vocabulary: int, seed: int) -> Request:
+def request_of(job: Job, number: int, arrival_s: float, vocabulary: int, seed: int) -> Request:
+    """A greedy Request of the job's lengths on random tokens."""
     params = SamplingParams(temperature=0, max_tokens=job.output_tokens, ignore_eos=True, detokenize=False)
     return Request(
         request_id=f"job-{number}",

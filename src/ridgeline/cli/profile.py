@@ -1,0 +1,78 @@
+"""`ridgeline profile`: operators, copies, classes and energy of decoding, beside plain Transformers.
+
+Knows options and tables. It must not know how anything is profiled (study/profile.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ridgeline.cli import options
+
+
+def command(
+    model: options.Model = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    kernels: options.Kernels = "auto",
+    load_format: options.LoadFormat = "auto",
+    max_model_len: options.MaxModelLen = None,
+    prompt_len: Annotated[int, typer.Option(help="Prompt tokens before the profiler looks.")] = 64,
+    output_len: Annotated[int, typer.Option(help="Decoded tokens that are profiled.")] = 32,
+    top: Annotated[int, typer.Option(help="Operators to list.")] = 12,
+    operators: Annotated[
+        bool, typer.Option("--operators", help="The table of ops: FLOP, bytes, time, % peak, MUE.")
+    ] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace of ridgeline's side here.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Which operators decoding calls, here and in Transformers; classes by FLOP and time; copies and joules a token."""
+    from ridgeline.core.errors import InvalidArgument
+    from ridgeline.llm import LLM
+    from ridgeline.study.profile import profiled
+
+    for name, value in (("prompt_len", prompt_len), ("output_len", output_len), ("top", top)):
+        if value < 1:
+            raise InvalidArgument(name, f"must be at least 1, not {value}")
+    settings = options.engine_settings(
+        dtype=dtype, device=device, kernels=kernels, load_format=load_format, max_model_len=max_model_len
+    )
+    with LLM(model, **settings, max_num_seqs=1, enable_prefix_caching=False) as llm:
+        if prompt_len + output_len + 2 > llm.built.config.max_model_len:
+            raise InvalidArgument("prompt_len", f"{prompt_len} + {output_len} tokens are beyond max_model_len")
+        found = profiled(llm.built, prompt_len, output_len, trace)
+    if as_json:
+        print(json.dumps(found.as_dict(top)))
+        return
+    console = Console()
+    for run in found.runs:
+        table = Table("operator", "calls", "self ms", "total ms", "device ms", title=f"{run.side}: {run.tokens} tokens")
+        for row in run.operators[:top]:
+            times = (f"{1e3 * value:.2f}" for value in (row.self_s, row.total_s, row.device_s))
+            table.add_row(row.name, f"{row.calls:,}", *times)
+        copies = ", ".join(f"{name} {count:.1f}" for name, count in run.copies_per_token.items())
+        joules = "" if run.joules is None else f"; {run.joules / run.tokens:.3g} J a token"
+        table.caption = (
+            f"a token: {sum(row.calls for row in run.operators) / run.tokens:.0f} operators; {copies}{joules}"
+        )
+        console.print(table)
+    rows = found.ops if operators else found.classes
+    table = Table(
+        "op" if operators else "class", "calls", "MFLOP", "MB in", "MB out", "µs", "% FLOP", "% time", "% peak", "MUE",
+        title="a decode step of ridgeline",
+    )  # fmt: skip
+    for one in rows:
+        table.add_row(
+            one.name, f"{one.calls:.0f}", f"{one.cost.flops / 1e6:,.2f}", f"{one.cost.read_bytes / 1e6:,.2f}",
+            f"{one.cost.write_bytes / 1e6:,.3f}", f"{one.seconds * 1e6:,.0f}", f"{one.flop_share:.2%}",
+            f"{one.time_share:.1%}", f"{one.peak_share:.1%}", f"{one.mue:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    for note in found.notes:
+        console.print(note, style="dim", highlight=False)
