@@ -52,12 +52,16 @@ ONE = (
     (2, 1024, 8), (2, 2048, 4), (2, 2048, 8), (2, 4096, 8), (4, 1024, 8),
 )  # fmt: skip
 """Rows, inputs a step, warps."""
-FEW = (
-    (16, 16, 128, 2, 4), (16, 16, 256, 2, 4), (16, 16, 256, 4, 4), (16, 16, 512, 4, 3), (16, 32, 128, 4, 4),
-    (16, 32, 128, 4, 6), (16, 32, 256, 4, 3), (16, 32, 256, 4, 4), (16, 64, 128, 4, 3),
+FEW = tuple(
+    (*tile, kib << 10)
+    for tile in (
+        (16, 16, 256, 2, 4), (16, 16, 256, 4, 4), (16, 16, 512, 4, 3), (16, 32, 128, 4, 6), (16, 32, 256, 4, 3),
+        (16, 32, 256, 4, 4), (16, 64, 128, 4, 4),
+    )
+    for kib in (0, 64, 128)
 )  # fmt: skip
-"""Tokens, columns, inputs a step, warps, stages."""
-MORE = ((64, 32, 64, 4, 4), (64, 32, 128, 4, 4), (64, 64, 64, 4, 4), (64, 64, 128, 4, 4))
+"""Tokens, columns, inputs a step, warps, stages, bytes fetched ahead."""
+MORE = ((64, 32, 128, 4, 4, 0), (64, 64, 64, 4, 4, 0), (64, 64, 64, 4, 4, 64 << 10), (64, 64, 128, 4, 4, 0))
 REPEATS = 15
 SPAN_BYTES = 600 << 20
 
@@ -73,6 +77,7 @@ def arguments() -> argparse.ArgumentParser:
     result = parser(__doc__ or "", rounds=1)
     result.add_argument("--workers", type=int, default=14, help="processes that compile")
     result.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
+    result.add_argument("--chain", type=int, nargs="+", default=[1, 2, 8, 16, 64], help="tokens of the last table")
     return result
 
 
@@ -97,7 +102,7 @@ def measure(options: argparse.Namespace) -> Record:
                 rows.append([name if label == best else "", label, f"{1e6 * seconds:.1f}", rate])
             rows.append(["", "cuBLAS", f"{1e6 * found['cuBLAS']:.1f}", f"{shape.nbytes / found['cuBLAS'] / 1e12:.2f}"])
         record.table(f"{tokens} tokens", ["product", "tile", "µs", "TB/s"], rows)
-    chain(record, options.tokens)
+    chain(record, options.chain)
     return record
 
 
@@ -111,12 +116,20 @@ def tiled(tile: tuple[int, ...] | None) -> Iterator[None]:
     if tile is None:
         yield
     elif len(tile) == 3:
-        with patch.object(linear, "ONE", linear.Rows(*tile)), patch.object(mlp, "ONE", mlp.Rows(*tile)):
+        rows = linear.Rows(*tile)
+        with (
+            patch.object(linear, "ONE", rows),
+            patch.object(linear, "ONE_WIDE", rows),
+            patch.object(mlp, "ONE", mlp.Rows(*tile)),
+        ):
             yield
     else:
         with (
-            patch.object(linear, "FEW", (linear.Product(*tile),)),
-            patch.object(mlp, "product_for", lambda *_: mlp.Product(*tile)),
+            patch.object(linear, "FEW", linear.Product(*tile[:5])),
+            patch.object(linear, "LEAST_OUTPUTS", 0),
+            patch.object(linear, "FETCHED_BYTES", tile[5]),
+            patch.object(mlp, "product_for", lambda *_: mlp.Product(*tile[:5])),
+            patch.object(mlp, "FETCHED_BYTES", tile[5]),
         ):
             yield
 

@@ -9,11 +9,12 @@ pytest.importorskip("triton")
 
 from triton_checks import assert_near, kinds
 
+from ridgeline.kernels.triton import linear as kernels
 from ridgeline.kernels.triton.linear import FEW, _accepts, linear_triton
 from ridgeline.ops.linear import ACTIVATIONS, linear
 from ridgeline.ops.weight import Weight
 
-MANY = FEW[-1].tokens + 1
+MANY = FEW.tokens + 1
 SHAPES = {  # tokens, inputs, outputs
     "cpu": ((1, 72, 40), (1, 1100, 3), (2, 130, 33), (16, 64, 8), (MANY, 64, 8)),
     "cuda": (
@@ -25,6 +26,11 @@ SHAPES = {  # tokens, inputs, outputs
 
 def weight_of(outputs: int, inputs: int, device: str, dtype: torch.dtype) -> Weight:
     return Weight.dense_from((torch.randn(outputs, inputs, device=device) / inputs**0.5).to(dtype))
+
+
+@pytest.fixture(autouse=True)
+def _few_whatever_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LEAST_OUTPUTS", 0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -50,10 +56,10 @@ def test_activations(device: str, activation: str) -> None:
 
 
 def test_few_tokens_do_not_see_each_other(device: str) -> None:
-    for few in FEW:
-        x, weight = torch.randn(few.tokens, 96, device=device).half(), weight_of(80, 96, device, torch.float16)
-        together = linear_triton(x, weight)
-        assert torch.equal(linear_triton(x[: few.tokens - 1].clone(), weight), together[:-1])
+    x, weight = torch.randn(FEW.tokens, 96, device=device).half(), weight_of(80, 96, device, torch.float16)
+    together = linear_triton(x, weight)
+    for tokens in (2, FEW.tokens - 1):
+        assert torch.equal(linear_triton(x[:tokens].clone(), weight), together[:tokens])
 
 
 def test_rows_with_a_stride(device: str) -> None:
@@ -68,12 +74,16 @@ def test_few_tokens_are_one_launch(device: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.nn.functional, "linear", library)
     weight = weight_of(24, 96, device, torch.float16)
-    for tokens in (1, 2, FEW[-1].tokens):
+    for tokens in (1, 2, FEW.tokens):
         linear_triton(torch.randn(tokens, 96, device=device).half(), weight)
     with pytest.raises(RuntimeError, match="cuBLAS"):
         linear_triton(torch.randn(MANY, 96, device=device).half(), weight)
     with pytest.raises(RuntimeError, match="cuBLAS"):
         linear_triton(torch.randn(1, 96, device=device), weight_of(24, 96, device, torch.float32))
+    monkeypatch.setattr(kernels, "LEAST_OUTPUTS", 25)
+    linear_triton(torch.randn(1, 96, device=device).half(), weight)
+    with pytest.raises(RuntimeError, match="cuBLAS"):
+        linear_triton(torch.randn(2, 96, device=device).half(), weight)
 
 
 def test_refuses() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ridgeline.kernels.triton.dependent import dependent, ready, starting
+from ridgeline.kernels.triton.dependent import dependent, fetch, fetched, ready, starting
 from ridgeline.kernels.triton.mlp import ACTIVATIONS, activated
 from ridgeline.ops.linear import activate, linear
 from ridgeline.ops.op import cuda
@@ -37,9 +37,14 @@ class Product(NamedTuple):
     stages: int
 
 
-ONE = Rows(1, 1024, 8)
-FEW = (Product(16, 32, 128, 4, 4),)
-"""The first that holds the tokens is taken; for more, and in fp32, cuBLAS is as fast or faster."""
+ONE, ONE_WIDE = Rows(2, 2048, 8), Rows(2, 2048, 4)
+"""Rows of up to WIDE inputs, and longer ones."""
+WIDE = 8192
+FEW = Product(16, 32, 256, 4, 4)
+LEAST_OUTPUTS = 1 << 30
+"""For more tokens than FEW's, fewer outputs than this, and in fp32, cuBLAS is as fast or faster."""
+FETCHED_BYTES = 64 << 10
+"""What a program of the few asks for before the kernel ahead has ended."""
 
 
 @triton.jit
@@ -90,9 +95,11 @@ def _few_kernel(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
+    FETCHED: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    starting(EARLY)
+    if EARLY:
+        fetch(weight, tl.program_id(0) * COLUMNS, OUTPUTS, WIDTH, COLUMNS, FETCHED)
     row = tl.arange(0, TOKENS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, STEP)
@@ -105,6 +112,7 @@ def _few_kernel(
         part = tl.load(x_at + start, mask=(row[:, None] < tokens) & inside, other=0.0)
         weights = tl.load(weight_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
         sums = tl.dot(part, weights.T, sums)
+    starting(EARLY)
     if bias is not None:
         sums += tl.load(bias + column, mask=column < OUTPUTS, other=0.0).to(tl.float32)[None, :]
     result = sums.to(out.dtype.element_ty)
@@ -134,27 +142,28 @@ def linear_triton(
 ) -> torch.Tensor:
     """One launch for few tokens in bf16 or fp16. More, and fp32, are cuBLAS's, with an activation behind it.
 
-    Tokens of one launch do not see each other: while `FEW` has the same entry for their number, a token's
-    result does not depend on how many came with it. One alone takes another way.
+    A few tokens of one launch do not see each other: a token's result does not depend on how many came with it.
+    One alone takes another way.
     """
-    tokens = x.shape[0]
-    product = next((one for one in FEW if tokens <= one.tokens), None)
-    if not tokens or x.element_size() != 2 or product is None:
+    tokens, outputs, width = x.shape[0], weight.out_features, weight.in_features
+    few = tokens == 1 or (tokens <= FEW.tokens and outputs >= LEAST_OUTPUTS)
+    if not tokens or x.element_size() != 2 or not few:
         return activate(F.linear(x, weight.data, bias), activation)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    outputs, width = weight.out_features, weight.in_features
     out = torch.empty(tokens, outputs, device=x.device, dtype=x.dtype)
     shape = {"WIDTH": width, "OUTPUTS": outputs, "ACTIVATION": activation}
     if tokens == 1:
-        step = min(ONE.step, triton.next_power_of_2(width))
-        _row_kernel[(triton.cdiv(outputs, ONE.rows),)](
+        one = ONE if width <= WIDE else ONE_WIDE
+        step = min(one.step, triton.next_power_of_2(width))
+        _row_kernel[(triton.cdiv(outputs, one.rows),)](
             x, weight.data, bias, out, **shape,
-            ROWS=ONE.rows, STEP=step, num_warps=ONE.warps, **dependent(x.device),
+            ROWS=one.rows, STEP=step, num_warps=one.warps, **dependent(x.device),
         )  # fmt: skip
         return out
-    _few_kernel[(triton.cdiv(outputs, product.columns),)](
+    _few_kernel[(triton.cdiv(outputs, FEW.columns),)](
         x, weight.data, bias, out, tokens, x.stride(0), **shape,
-        TOKENS=product.tokens, COLUMNS=product.columns, STEP=product.step,
-        num_warps=product.warps, num_stages=product.stages, **dependent(x.device),
+        TOKENS=FEW.tokens, COLUMNS=FEW.columns, STEP=FEW.step,
+        FETCHED=fetched(FEW.columns, 2 * width, FETCHED_BYTES),
+        num_warps=FEW.warps, num_stages=FEW.stages, **dependent(x.device),
     )  # fmt: skip
     return out

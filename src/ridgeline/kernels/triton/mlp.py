@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ridgeline.kernels.triton.dependent import dependent, ready, starting
+from ridgeline.kernels.triton.dependent import dependent, fetch, fetched, ready, starting
 from ridgeline.kernels.triton.machine import machine_of
 from ridgeline.ops.mlp import gated_linear
 from ridgeline.ops.op import cuda
@@ -42,7 +42,9 @@ class Product(NamedTuple):
     stages: int
 
 
-ONE = Rows(1, 1024, 8)
+ONE = Rows(2, 2048, 8)
+FETCHED_BYTES = 64 << 10
+"""What a program of the fused product asks for before the kernel ahead has ended."""
 WIDE, NARROW = Product(16, 64, 128, 4, 3), Product(16, 32, 256, 4, 3)
 MIDDLE, TALL = Product(32, 64, 128, 4, 3), Product(64, 64, 64, 4, 4)
 
@@ -153,9 +155,12 @@ def _fused_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
+    FETCHED: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    starting(EARLY)
+    if EARLY:
+        fetch(weight, tl.program_id(0) * COLUMNS, INNER, WIDTH, COLUMNS, FETCHED)
+        fetch(weight + INNER * WIDTH, tl.program_id(0) * COLUMNS, INNER, WIDTH, COLUMNS, FETCHED)
     row = tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, STEP)
@@ -174,6 +179,7 @@ def _fused_kernel(
         up_part = tl.load(up_at + start, mask=inside, other=0.0)
         gates = tl.dot(part, gate_part.T, gates)
         ups = tl.dot(part, up_part.T, ups)
+    starting(EARLY)
     target = out + row[:, None] * INNER + column[None, :]
     mask = (row[:, None] < tokens) & (column[None, :] < INNER)
     tl.store(target, gated(gates, ups, ACTIVATION, out), mask=mask)
@@ -255,6 +261,7 @@ def _fused(x: torch.Tensor, weight: Weight, activation: str, product: Product) -
         ROWS=product.rows,
         COLUMNS=product.columns,
         STEP=product.step,
+        FETCHED=fetched(product.columns, 2 * width, FETCHED_BYTES // 2),
         num_warps=product.warps,
         num_stages=product.stages,
         **dependent(x.device),
