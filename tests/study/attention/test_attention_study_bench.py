@@ -232,21 +232,24 @@ something that the process printed
 "0","7","spin_kernel(long)","0","0","32","0","0"
 "1","7","scores","1,000","10","4000","100","50"
 "2","7","softmax","0","20","4000","10","5"
-"3","7","spin_kernel(long)","0","0","32","0","0"
-"4","7","reduce_kernel","240000","300","240000","9","9"
+"3","7","scores","3,000","10","4000","100","50"
+"4","7","softmax","0","20","4000","10","5"
+"5","7","spin_kernel(long)","0","0","32","0","0"
+"6","7","fused","240","300","240","9","9"
 """
 
 
 def test_the_profilers_table() -> None:
-    (found,) = counters.parse(TABLE, 1)
-    assert found.kernels == 2
-    assert found.hbm_bytes == 1000 + 30 + 300
-    assert found.l2_bytes == 32 * 165
-    assert found.as_dict()["l2_all_bytes"] == 8000
-    with pytest.raises(KernelRefused, match="2 markers where 4 were set"):
-        counters.parse(TABLE, 2)
+    standard, fused = counters.parse(TABLE, [2, 1])
+    assert (standard.calls, standard.kernels, fused.kernels) == (2, 2, 1)
+    assert standard.hbm_bytes == 2000 + 30
+    assert standard.l2_bytes == 32 * 165
+    assert standard.as_dict()["l2_all_bytes"] == 8000
+    assert fused.hbm_bytes == 540
+    with pytest.raises(KernelRefused, match="2 markers where 3 were set"):
+        counters.parse(TABLE, [1, 1, 1])
     with pytest.raises(KernelRefused, match="printed no table: no permission"):
-        counters.parse("no permission", 1)
+        counters.parse("no permission", [1])
 
 
 def test_without_a_profiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -287,6 +290,6 @@ def test_standard_bound_at_once_is_standard(page: int | None) -> None:
     for new, causal in ((32, False), (32, True), (7, True), (1, True)):
         case = Case("sweep", 3, 4, 2, 16, new, 40 if new < 32 else 32, causal, "float32", page)
         call = bench.tensors.make(case, CPU)
-        out = rungs.bound(kernel, case, call)()
+        out = contestants.Contestant("standard", kernel=kernel).rows(case, rungs.bound(kernel, case, call)())
         torch.testing.assert_close(out, kernel.call(**call._asdict()), atol=1e-6, rtol=1e-5)
         assert bench.tensors.error_of(case, call, out)[0] < 1e-5

@@ -325,7 +325,10 @@ class _Bench:
 
     def _count_in_hardware(self, cells: Sequence[Cell]) -> None:
         """Whoever was timed, once more under the profiler, in a process of its own."""
-        jobs = [(cell.case, [name for name, one in cell.results.items() if "seconds" in one]) for cell in cells]
+        jobs = [
+            counters.Job(cell.case, cell.copies, [name for name, one in cell.results.items() if "seconds" in one])
+            for cell in cells
+        ]
         for cell, found in zip(cells, counters.measure(jobs), strict=True):
             for name, one in found.items():
                 cell.results[name]["measured"] = one.as_dict()

@@ -1,9 +1,10 @@
 """Bytes that each rung really moves, read from a GPU's hardware counters by NVIDIA's profiler `ncu`.
 
 Knows how to run itself under `ncu` and how to read its table. It must not know what the bytes mean. The
-child process (this module's `main`) makes the tensors anew, clears the L2 cache before each rung, and puts a marker
-kernel before and behind it, so that rows of the profiler's table can be told apart. Behind the rung a buffer
-larger than the cache is read: what that drives out of the cache was still to be written to memory, and is the rung's.
+child process (this module's `main`) works through the same copies of the inputs as the timing does, and counts
+some of the calls once all copies have gone by: so inputs come from memory if they do so in the timing, and what a
+call leaves in the cache to be written later is made up for by what earlier calls have left. A marker kernel before each
+contestant tells the rows of the profiler's table apart.
 
 Clocks are left alone (--clock-control none), and so are the caches between kernels (--cache-control none): a rung of
 several kernels finds in the cache what it left there, as in life.
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import NamedTuple
 
 from ridgeline.core.errors import KernelRefused
 from ridgeline.study.attention.cases import Case
@@ -35,30 +36,28 @@ SECTOR_BYTES = 32
 MARKER = "spin_kernel"
 """Part of the name of the kernel behind torch.cuda._sleep."""
 TIMEOUT_S = 400
-CACHES = 4
-"""The buffer that clears the L2 cache is this many times as large."""
+COUNTED_CALLS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Bytes by counter of one call, and how many kernels it was.
+    """Bytes by counter of one call, and how many kernels it was: averages over `calls` calls.
 
-    later_write_bytes: written to memory only when the cache was cleared behind the call. l2_read_bytes and
-    l2_write_bytes: what multiprocessors asked of the L2 cache; l2_all_bytes: all that its slices served, transfers
-    between its halves included.
+    l2_read_bytes and l2_write_bytes: what multiprocessors asked of the L2 cache; l2_all_bytes: all that its slices
+    served, transfers between its halves included.
     """
 
-    kernels: int
+    calls: int
+    kernels: float
     hbm_read_bytes: float
     hbm_write_bytes: float
-    later_write_bytes: float
     l2_read_bytes: float
     l2_write_bytes: float
     l2_all_bytes: float
 
     @property
     def hbm_bytes(self) -> float:
-        return self.hbm_read_bytes + self.hbm_write_bytes + self.later_write_bytes
+        return self.hbm_read_bytes + self.hbm_write_bytes
 
     @property
     def l2_bytes(self) -> float:
@@ -66,6 +65,19 @@ class Measured:
 
     def as_dict(self) -> dict[str, float]:
         return {**asdict(self), "hbm_bytes": self.hbm_bytes, "l2_bytes": self.l2_bytes}
+
+
+class Job(NamedTuple):
+    """A case, copies of its inputs, and the names of the rungs and peers to be run on it."""
+
+    case: Case
+    copies: int
+    names: Sequence[str]
+
+    @property
+    def calls(self) -> int:
+        """Calls that are counted."""
+        return min(self.copies, COUNTED_CALLS)
 
 
 def profiler() -> str:
@@ -76,16 +88,12 @@ def profiler() -> str:
     return found
 
 
-Job = tuple[Case, Sequence[str]]
-"""A case, and the names of the rungs and peers to be run on it."""
-
-
 def measure(jobs: Sequence[Job]) -> list[dict[str, Measured]]:
     """Run every job's contestants once under the profiler, in one process; a dictionary by name for each job.
 
     Raises KernelRefused with what the profiler said if it fails.
     """
-    asked = json.dumps([{"case": asdict(case), "names": list(names)} for case, names in jobs])
+    asked = json.dumps([{"case": asdict(job.case), "copies": job.copies, "names": list(job.names)} for job in jobs])
     command = [
         profiler(), "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off",
         "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS.values()),
@@ -98,21 +106,21 @@ def measure(jobs: Sequence[Job]) -> list[dict[str, Measured]]:
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())[-400:]
         raise KernelRefused(f"counters: the profiled process ended with status {done.returncode}: {said}")
-    found = iter(parse(done.stdout, sum(len(names) for _, names in jobs)))
-    return [{name: next(found) for name in names} for _, names in jobs]
+    found = iter(parse(done.stdout, [job.calls for job in jobs for _ in job.names]))
+    return [{name: next(found) for name in job.names} for job in jobs]
 
 
-def parse(text: str, count: int) -> list[Measured]:
-    """The profiler's table as one Measured a call: markers open each call and its clearing in turn."""
+def parse(text: str, calls: Sequence[int]) -> list[Measured]:
+    """The profiler's table, a Measured a contestant; calls: how many of each were counted behind its marker."""
     groups: list[list[Mapping[str, float]]] = []
     for row in _rows(text):
         if MARKER in row["Kernel Name"]:
             groups.append([])
         elif groups:
             groups[-1].append({name: float(row[metric].replace(",", "") or 0) for name, metric in METRICS.items()})
-    if len(groups) != 2 * count:
-        raise KernelRefused(f"counters: the profiler's table has {len(groups)} markers where {2 * count} were set")
-    return [_summed(call, clearing) for call, clearing in zip(groups[::2], groups[1::2])]
+    if len(groups) != len(calls):
+        raise KernelRefused(f"counters: the profiler's table has {len(groups)} markers where {len(calls)} were set")
+    return [_averaged(rows, count) for rows, count in zip(groups, calls)]
 
 
 def _rows(text: str) -> Iterator[dict[str, str]]:
@@ -127,49 +135,45 @@ def _rows(text: str) -> Iterator[dict[str, str]]:
             yield row
 
 
-def _summed(call: Sequence[Mapping[str, float]], clearing: Sequence[Mapping[str, float]]) -> Measured:
-    def total(name: str, rows: Sequence[Mapping[str, float]] = call) -> float:
-        return sum(row[name] for row in rows)
+def _averaged(rows: Sequence[Mapping[str, float]], calls: int) -> Measured:
+    def average(name: str) -> float:
+        return sum(row[name] for row in rows) / calls
 
     return Measured(
-        kernels=len(call),
-        hbm_read_bytes=total("hbm_read_bytes"),
-        hbm_write_bytes=total("hbm_write_bytes"),
-        later_write_bytes=total("hbm_write_bytes", clearing),
-        l2_read_bytes=SECTOR_BYTES * total("l2_read_bytes"),
-        l2_write_bytes=SECTOR_BYTES * total("l2_write_bytes"),
-        l2_all_bytes=total("l2_all_bytes"),
+        calls=calls,
+        kernels=len(rows) / calls,
+        hbm_read_bytes=average("hbm_read_bytes"),
+        hbm_write_bytes=average("hbm_write_bytes"),
+        l2_read_bytes=SECTOR_BYTES * average("l2_read_bytes"),
+        l2_write_bytes=SECTOR_BYTES * average("l2_write_bytes"),
+        l2_all_bytes=average("l2_all_bytes"),
     )
 
 
 def main(argument: str) -> None:
-    """The child: every named rung or peer on its case, each between two markers."""
+    """The child: every named rung or peer on its case; its last calls of a second pass over all copies are counted."""
     import torch
 
     from ridgeline.study.attention import contestants, tensors
 
-    jobs: list[dict[str, Any]] = json.loads(argument)
     device = torch.device("cuda", 0)
     runtime = torch.cuda.cudart()
-    cache = torch.ones(CACHES * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
-    for job in jobs:
-        case = Case(**job["case"])
-        call = tensors.make(case, device)
-        for name in job["names"]:
-            works = contestants.by_name(name, device).prepare(case, [call])
+    for values in json.loads(argument):
+        job = Job(Case(**values["case"]), values["copies"], values["names"])
+        inputs = [tensors.make(job.case, device, seed) for seed in range(job.copies)]
+        for name in job.names:
+            works = contestants.by_name(name, device).prepare(job.case, inputs)
             with works.context():
-                for _ in range(2):
-                    works.calls[0]()
-                cache.sum()
+                for call in (*works.calls, *works.calls[: -job.calls]):
+                    call()
                 torch.cuda.synchronize()
                 runtime.cudaProfilerStart()
                 torch.cuda._sleep(1000)
-                works.calls[0]()
-                torch.cuda._sleep(1000)
-                cache.sum()
+                for call in works.calls[-job.calls :]:
+                    call()
                 torch.cuda.synchronize()
                 runtime.cudaProfilerStop()
-        del call
+        del inputs
         torch.cuda.empty_cache()
 
 

@@ -237,7 +237,7 @@ def _bytes(result: Result) -> Table:
                     size(one["counted"]["bytes"]) if "counted" in one else "unknown",
                     size(seen["l2_bytes"]) if seen else "-",
                     size(seen["hbm_bytes"]) if seen else "-",
-                    f"{seen['kernels']:.0f}" if seen else "-",
+                    f"{seen['kernels']:g}" if seen else "-",
                 )
             )
     columns = ("case", "who", "floor", "counted", "measured at L2", "measured at HBM", "kernels")

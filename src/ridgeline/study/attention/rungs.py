@@ -89,25 +89,29 @@ def bound(kernel: Kernel, case: Case, call: Call) -> Callable[[], torch.Tensor]:
 
 
 def _standard(case: Case, call: Call) -> Callable[[], torch.Tensor]:
-    """Algorithm 0 on [B, H, n, D]; keys of a group are repeated, and pages gathered, within what is timed."""
+    """Algorithm 0 on matrices [B, H, n, D] that lie as it likes them, heads before tokens: made before it is timed.
+
+    Keys of a group are repeated, and pages gathered, at every call: that is work which others do not need.
+    """
     from ridgeline.kernels.torch.attention_standard import dense
 
-    q = call.q.view(case.batch, case.new, case.heads, case.head_dim).transpose(1, 2)
+    q = call.q.view(case.batch, case.new, case.heads, case.head_dim).transpose(1, 2).contiguous()
     hidden = None
     if case.causal and case.new > 1:
         row = torch.arange(case.visible - case.new, case.visible, device=q.device)[:, None]
         hidden = torch.arange(case.visible, device=q.device)[None, :] > row
     tables = None if call.block_tables is None else call.block_tables.long()
+    k, v = call.k, call.v
+    if tables is None:
+        shape = (case.batch, case.visible, case.kv_heads, case.head_dim)
+        k, v = (side.view(shape).transpose(1, 2).contiguous() for side in (k, v))
 
-    def side(of: torch.Tensor) -> torch.Tensor:
-        if tables is None:
-            found = of.view(case.batch, case.visible, case.kv_heads, case.head_dim).transpose(1, 2)
-        else:
-            found = of[tables].transpose(1, 2).flatten(2, 3)[:, :, : case.visible]
-        return found if call.group == 1 else found.repeat_interleave(call.group, 1)
+    def matrix(side: torch.Tensor) -> torch.Tensor:
+        if tables is not None:
+            side = side[tables].transpose(1, 2).flatten(2, 3)[:, :, : case.visible]
+        return side if call.group == 1 else side.repeat_interleave(call.group, 1)
 
     def run() -> torch.Tensor:
-        out, _ = dense(q, side(call.k), side(call.v), call.scale, hidden)
-        return out.transpose(1, 2).reshape(-1, case.heads, case.head_dim)
+        return dense(q, matrix(k), matrix(v), call.scale, hidden)[0]
 
     return run
