@@ -15,7 +15,7 @@ from ridgeline.kernels.cuda import nvrtc
 from ridgeline.ops.attention import attention, attention_inputs
 
 pytestmark = pytest.mark.gpu
-RUNGS = ("v1", "v2")
+RUNGS = ("v1", "v2", "sm90")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
