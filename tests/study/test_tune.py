@@ -116,12 +116,14 @@ def test_a_device_without_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cases_follow_the_work(table: dict[int, Tile], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for work, new in (("prefill", {1024, 4096}), ("short", {64, 32}), ("decode", {1})):
-        tunable = object.__new__(Tunable)
-        object.__setattr__(tunable, "work", work)
-        object.__setattr__(tunable, "shape", lambda key: Shape(64, 2))
-        found = tune.cases(tunable, 64, Settings())
-        assert {case.new for case in found} == new
-        assert {case.head_dim for case in found} == {64}
+        for lengths in ((), (128,)):
+            tunable = object.__new__(Tunable)
+            for name, value in (("work", work), ("shape", lambda key: Shape(64, 2)), ("lengths", lengths)):
+                object.__setattr__(tunable, name, value)
+            found = tune.cases(tunable, 64, Settings())
+            assert {case.head_dim for case in found} == {64}
+            assert {case.new for case in found} == (new if not lengths else {1 if work == "decode" else 128})
+            assert not lengths or {case.visible for case in found} == {128}
 
 
 @pytest.mark.gpu

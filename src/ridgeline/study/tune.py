@@ -36,6 +36,7 @@ FINALISTS = 4
 SCREENING_ROUNDS = 3
 WIDTH = 2048
 TOKENS = 16384
+SHORT_TOKENS = 4096
 GROUPED = (32, 8)
 PAGE = 64
 
@@ -73,16 +74,22 @@ def cases(tunable: Tunable, key: Any, settings: Settings) -> list[Case]:
     """What an entry is tried on, by its table's work."""
     head_dim = tunable.shape(key).head_dim or 128
     heads = max(WIDTH // head_dim, 1)
-    if tunable.work == "prefill":
+    if tunable.work == "decode":
+        batches = {1024: 256, 2048: 256, 4096: 32, 8192: 1}
         return [
-            Case("sweep", TOKENS // length, heads, heads, head_dim, length, length, causal, settings.dtype)
-            for length, causal in ((1024, True), (4096, False), (4096, True))
+            Case("decode", batches.get(length, 8), *GROUPED, head_dim, 1, length, True, settings.dtype, PAGE)
+            for length in tunable.lengths or (8192, 4096, 2048)
         ]
     if tunable.work == "short":
-        shapes = ((64, 64), (16, 64), (256, 32))
-        return [Case("report", batch, 32, 32, head_dim, n, n, False, settings.dtype) for batch, n in shapes]
-    shapes = ((1, 8192), (32, 4096), (256, 2048))
-    return [Case("decode", batch, *GROUPED, head_dim, 1, n, True, settings.dtype, PAGE) for batch, n in shapes]
+        return [
+            Case("report", max(SHORT_TOKENS // length, 1), 32, 32, head_dim, length, length, False, settings.dtype)
+            for length in tunable.lengths or (32, 64)
+        ]
+    return [
+        Case("sweep", TOKENS // length, heads, heads, head_dim, length, length, causal, settings.dtype)
+        for length in tunable.lengths or (1024, 4096)
+        for causal in (False, True)
+    ]
 
 
 def taken(kernel: Kernel, wanted: Sequence[Case]) -> list[Case]:

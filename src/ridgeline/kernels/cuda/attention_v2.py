@@ -15,6 +15,7 @@ import torch
 
 from ridgeline.kernels.cuda.instances import ARCHITECTURE, Defines, Instances
 from ridgeline.kernels.cuda.nvrtc import FLOAT32, INT32, INT64, POINTER, Kernel
+from ridgeline.kernels.tables import Shape, Tunable
 from ridgeline.ops.attention import Attended, attention
 from ridgeline.ops.attention_call import FEATURES, Limits
 from ridgeline.ops.op import cuda
@@ -27,6 +28,10 @@ LIMITS = Limits(
     pages=range(16, 257, 16),
     features=frozenset(FEATURES),
 )
+
+
+HOPPER_SHARED_BYTES = 233472
+"""Shared memory of an H100's or H200's multiprocessor."""
 
 
 class Tile(NamedTuple):
@@ -69,6 +74,36 @@ more loads under way. Below, the shorter way through a block counts."""
 RESERVED_BYTES = 1024
 """Shared memory that the system takes of each block."""
 
+
+def _exists(head_dim: int, tile: Tile) -> bool:
+    """Whether a tile has whole squares for each warp, and an H100's multiprocessor holds its blocks."""
+    fits = tile.blocks * (tile.shared_bytes(head_dim) + RESERVED_BYTES) <= HOPPER_SHARED_BYTES
+    return fits and tile.rows % (16 * tile.warps) == 0
+
+
+def _shape(head_dim: int) -> Shape:
+    return Shape(head_dim, item_bytes=2)
+
+
+Tunable(
+    "v2",
+    "long",
+    LONG,
+    {"rows": (64, 128), "keys": (32, 64, 128), "warps": (4, 8), "stages": (1, 2), "blocks": (1, 2, 3)},
+    shape=_shape,
+    work="prefill",
+    exists=_exists,
+)
+Tunable(
+    "v2",
+    "short",
+    SHORT,
+    {"keys": (32, 64), "stages": (1, 2), "blocks": (2, 3, 4)},
+    shape=_shape,
+    work="short",
+    exists=_exists,
+)
+
 ARGUMENTS = (*(POINTER,) * 12, *(INT32,) * 6, *(INT64,) * 6, *(FLOAT32,) * 2)
 
 
@@ -99,7 +134,12 @@ def _tile_defines(tile: Tile, head_dim: int) -> Defines:
 
 
 def choose(
-    tokens: int, requests: int, heads: int, head_dim: int, shared_bytes: int = 233472, block_bytes: int = 232448
+    tokens: int,
+    requests: int,
+    heads: int,
+    head_dim: int,
+    shared_bytes: int = HOPPER_SHARED_BYTES,
+    block_bytes: int = 232448,
 ) -> Tile:
     """The tile for a batch, from shapes alone. shared_bytes, block_bytes: of a multiprocessor, and of a block."""
     if tokens > SHORT_ROWS * requests:

@@ -47,7 +47,8 @@ class Tunable:
     kernel: the kernel's name. name: of the table. table: the module's own dictionary, whose entries are named
     tuples; it is changed in place. axes: fields of an entry -> the values that may be tried; other fields stay.
     exists(key, entry): whether the kernel can be compiled so (shared memory, registers, divisibility).
-    shape(key): what an entry is for. work: one of WORKS. Making one enters it in TUNABLES.
+    shape(key): what an entry is for. work: one of WORKS. lengths: of the prompts (contexts in decode) that it is
+    tried on, instead of the work's own. Making one enters it in TUNABLES.
     """
 
     kernel: str
@@ -57,6 +58,7 @@ class Tunable:
     shape: Callable[[Any], Shape]
     work: str
     exists: Callable[[Any, Any], bool] = _anything
+    lengths: Sequence[int] = ()
     defaults: Mapping[Any, Any] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -136,7 +136,8 @@ def _v2(call: Call) -> Cost:
 def _sm90(call: Call) -> Cost:
     from ridgeline.kernels.cuda import attention_sm90
 
-    return tiled(call, attention_sm90.TILES[call.q.shape[2]].rows, packed=False)
+    tile = attention_sm90.choose(call.q.shape[0], call.lengths.shape[0], call.q.shape[2])
+    return tiled(call, tile.rows, packed=False)
 
 
 def _triton(call: Call) -> Cost:
