@@ -195,7 +195,8 @@ def attention_inputs(
     block: keys of a page (pages come in random order), or None for contiguous keys. tails: nodes of each
     request's tree, which is random too.
     """
-    layout = _pages(kv_heads, head_dim, block, visible) if block else _rows(kv_heads, head_dim, visible)
+    lows = tuple(_unseen(rows, length, window) for rows, length in zip(new, visible))
+    layout = _pages(kv_heads, head_dim, block, visible, lows) if block else _rows(kv_heads, head_dim, visible, lows)
     starts = _starts(new)
     tree, trees = (None, ()) if tails is None else random_trees(new, tails)
     arguments = {
@@ -227,8 +228,17 @@ def _starts(counts: tuple[int, ...]) -> list[int]:
     return starts
 
 
-def _pages(kv_heads: int, head_dim: int, block: int, visible: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Keys and values in pages of random order. Behind a request's last key, and in pages of nobody, is NaN."""
+def _unseen(rows: int, length: int, window: int | None) -> int:
+    """How many of a request's first keys no row sees."""
+    if not rows:
+        return length
+    return 0 if window is None else max(0, length - rows - window + 1)
+
+
+def _pages(
+    kv_heads: int, head_dim: int, block: int, visible: tuple[int, ...], lows: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """Keys and values in pages of random order; NaN before and behind what a request sees, and in pages of nobody."""
     needed = [-(-length // block) for length in visible]
     total = sum(needed) + 2
     order = torch.randperm(total)
@@ -241,18 +251,19 @@ def _pages(kv_heads: int, head_dim: int, block: int, visible: tuple[int, ...]) -
             used += 1
             tables[index, place] = page
             real = min(block, length - place * block)
+            low = min(max(lows[index] - place * block, 0), real)
             for side in pages:
-                side[page, :, :real] = torch.randn(kv_heads, real, head_dim)
+                side[page, :, low:real] = torch.randn(kv_heads, real - low, head_dim)
     return {"k": pages[0], "v": pages[1], "block_tables": tables}
 
 
-def _rows(kv_heads: int, head_dim: int, visible: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Keys and values one after the other, with three rows of NaN behind each request."""
+def _rows(kv_heads: int, head_dim: int, visible: tuple[int, ...], lows: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Keys and values one after the other; NaN before what a request sees, and in three rows behind it."""
     starts = _starts(tuple(length + 3 for length in visible))
     k, v = (torch.full((starts[-1], kv_heads, head_dim), float("nan")) for _ in range(2))
-    for start, length in zip(starts, visible):
+    for start, length, low in zip(starts, visible, lows):
         for side in (k, v):
-            side[start : start + length] = torch.randn(length, kv_heads, head_dim)
+            side[start + low : start + length] = torch.randn(length - low, kv_heads, head_dim)
     return {"k": k, "v": v, "key_starts": torch.tensor(starts, dtype=torch.int32)}
 
 

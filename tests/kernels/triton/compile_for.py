@@ -20,6 +20,7 @@ from ridgeline.kernels.triton import mlp as mlp_kernels
 from ridgeline.kernels.triton import moe as moe_kernels
 from ridgeline.kernels.triton.machine import Machine
 from ridgeline.ops import REGISTRY, Weight
+from ridgeline.ops.attention import attention_inputs
 
 CAPABILITY, SHARED_KIB = int(sys.argv[1]), int(sys.argv[2])
 
@@ -56,8 +57,9 @@ def call(name: str, **inputs: Any) -> None:
 load_kernels("cuda")
 driver.set_active(NoDevice())
 setattr(JITFunction, "run", compile_only(JITFunction.run))  # noqa: B010
-MACHINE = Machine(4, SHARED_KIB * 1024)
+MACHINE = Machine(4, SHARED_KIB * 1024, CAPABILITY >= 90)
 setattr(attention_kernels, "_machine", lambda _: MACHINE)  # noqa: B010
+setattr(attention_kernels, "INTERPRETED", True)  # noqa: B010  (tensors may lie on the CPU)
 for module in (moe_kernels, mlp_kernels):
     setattr(module, "machine_of", lambda _: MACHINE)  # noqa: B010
 
@@ -71,6 +73,15 @@ for dtype in (torch.bfloat16, torch.float32):
         for block, window in ((64, None), (16, 100))[: 2 if head_dim == 128 else 1]:
             for spans in ([(1, 70), (1, 80)], [(600, 700), (1, 90)], [(600, 600)]):
                 call("attention", **paged("cpu", dtype, 8, 2, head_dim, block, spans, window))
+        for causal in (True, False):
+            sizes = (700, 600), (700, 650)
+            call("attention", **attention_inputs("cpu", dtype, 8, 2, head_dim, None, None, *sizes, causal=causal))
+    for new, visible, tails in (((33, 20), (90, 80), (33, 0)), ((700, 5), (900, 80), (9, 5))):
+        features = {"softcap": 20.0, "sinks": True, "tails": tails, "return_lse": True}
+        inputs = attention_inputs("cpu", dtype, 8, 2, 128, 64, 64, new, visible, **features)
+        for attention_kernels.fixed_split_keys in (None, 256):
+            call("attention", **inputs)
+        attention_kernels.fixed_split_keys = None
     for name in ("norm", "layer_norm", "rope_kv_write", "sample", "moe", "linear", "feed"):
         for inputs in REGISTRY[name].inputs("cpu", dtype):
             call(name, **inputs)

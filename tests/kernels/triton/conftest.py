@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 if ("-m", "interpret") in zip(sys.argv, sys.argv[1:]) and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # workers of xdist inherit it
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's products of tiles are too small for several
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,6 +24,7 @@ def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.Monkey
     name = str(request.param)
     if device == "cpu":
         monkeypatch.setattr(kernels, "LONG", dict.fromkeys(kernels.LONG, Tile(16, 16, 4, 2)))
+        monkeypatch.setattr(kernels, "LOADED", dict.fromkeys(kernels.LOADED, Tile(16, 16, 4, 2)))
         monkeypatch.setattr(kernels, "SPLIT", dict.fromkeys(kernels.SPLIT, Tile(16, 32, 4, 2)))
         monkeypatch.setattr(kernels, "SPLIT_ROWS", 16)
         monkeypatch.setattr(kernels, "MIXED_ROWS", 16)

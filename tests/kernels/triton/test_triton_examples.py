@@ -48,7 +48,9 @@ def test_examples(device: str, name: str, kernel: str) -> None:
         tolerance = op.tolerance.get(str(dtype).removeprefix("torch."))
         if tolerance is None:
             continue
-        for inputs in op.inputs(device, dtype):
+        for index, inputs in enumerate(op.inputs(device, dtype)):
+            if name == "attention" and device == "cpu" and index % 2 != (dtype == torch.float16):
+                continue  # half of them each, beside the whole matrix of features in a file of its own
             accepts = op.kernels[kernel].accepts
             if accepts is not None and accepts(**inputs) is not None:
                 assert name == "attention"  # whose kernels refuse features by name

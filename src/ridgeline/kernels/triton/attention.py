@@ -1,6 +1,6 @@
-"""Paged flash attention for prefill, decode and whatever mixture of both a step holds.
+"""Flash attention for prefill, decode and whatever mixture of both a step holds, with every feature of the op.
 
-Knows pages, block tables and lengths that only the device has read. It must not know layers, schedulers
+Knows pages, rows of keys and lengths that only the device has read. It must not know layers, schedulers
 or who shares a page. Two kernels share one inner loop (Dao, "FlashAttention-2", 2307.08691: online
 softmax in fp32, base 2, keys in order):
 
@@ -13,7 +13,7 @@ r % group. Which of them run follows from shapes alone, so the choice can be cap
 
 - split alone if T == B (decode), if there are few rows a request (verifying drafts), or if the long
   kernel would leave most of the machine idle (a small chunk over a long context);
-- long alone if B == 1;
+- long alone if B == 1, or if keys are contiguous (whole sequences, not an engine's steps);
 - else both: requests with few rows take the split kernel, the others the long one; each kernel skips
   the other's requests on the device.
 
@@ -25,18 +25,25 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ridgeline.core.cost import Cost
+from ridgeline.core.errors import InvalidArgument
+from ridgeline.kernels.tables import Shape, Tunable
 from ridgeline.kernels.triton.machine import Machine
 from ridgeline.kernels.triton.machine import machine_of as _machine
 from ridgeline.kernels.triton.ragged import SCAN, sequence_of
-from ridgeline.ops.attention import attention
-from ridgeline.ops.attention_call import Limits
+from ridgeline.ops.attention import Attended, attention
+from ridgeline.ops.attention_call import FEATURES, Call, Limits
 from ridgeline.ops.op import cuda
 
 LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128
 EVERY = 1 << 30  # a number of rows that no request exceeds
+INTERPRETED = knobs.runtime.interpret
 
 
 class Tile(NamedTuple):
@@ -48,9 +55,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By (bytes an element, head dim rounded up to a power of two; smaller ones take the first entry).
+# By (bytes an element, head dim rounded up to a power of two; smaller ones take the first entry). Tiles of
+# the long kernel where keys come through the copy engine (Hopper), and where they are loaded by threads.
 LONG = {
-    (2, 64): Tile(128, 64, 4, 3),
+    (2, 64): Tile(64, 64, 4, 3),
+    (2, 128): Tile(64, 64, 4, 3),
+    (2, 256): Tile(128, 64, 8, 2),
+}
+LOADED = {
+    (2, 64): Tile(128, 64, 8, 3),
     (2, 128): Tile(128, 64, 8, 3),
     (2, 256): Tile(128, 64, 8, 2),
     (4, 64): Tile(32, 16, 8, 2),
@@ -66,9 +79,19 @@ SPLIT = {
     (4, 128): Tile(16, 32, 8, 2),
     (4, 256): Tile(16, 32, 8, 2),
 }
+# With fixed pieces one tile serves every row, whatever its step.
+FIXED = {
+    (2, 64): Tile(64, 64, 4, 3),
+    (2, 128): Tile(64, 64, 4, 3),
+    (2, 256): Tile(64, 32, 4, 3),
+    (4, 64): Tile(32, 16, 8, 2),
+    (4, 128): Tile(32, 16, 8, 2),
+    (4, 256): Tile(32, 16, 8, 2),
+}
 SPLIT_ROWS = 64
 MIXED_ROWS = 32  # rows of a split tile beside the long kernel: single tokens and short drafts
 FEW_ROWS = 8  # rows a request, on average, up to which a batch is all the split kernel's
+SECTION_BYTES = 32 << 20  # keys and values that running programs should share in the L2 cache
 
 PROGRAMS_PER_SM = 6  # pieces that a full batch is cut into: about two run at once, so three waves even out
 LEAST_KEYS = 128  # a piece is not worth less
@@ -78,11 +101,11 @@ fixed_split_keys: int | None = None
 """Batch invariance (He, "Defeating nondeterminism in LLM inference", 2025): a fixed piece instead of a balanced one.
 
 None balances pieces over the machine: fastest, and bit-equal for equal batches, but the order in which a
-row's keys are added then depends on who else is in the batch. A number of keys (2048, say) fixes it by
-the request's own length: a decode step (T == B) gives each row the same bits whatever the batch. The
-price is a grid and a workspace that grow with B times the capacity of a block table; the choice is part
-of a captured graph. Rows that share a step with prefills take tiles of another height, which tensor
-cores may add up in another order, so the promise holds within a class of work.
+row's keys are added then depends on who else is in the batch. A number of keys (2048, say) cuts every
+request's keys at its multiples, in both kernels, whose tiles are then the same too: a row's bits depend on
+its own keys alone, whether it is decoded alone, in a batch, beside prefills or inside of one. (What a row
+does not see adds exact zeros.) The price: smaller tiles for prefill, larger ones for decode, and a
+workspace that grows with B times the capacity of a block table. The choice is part of a captured graph.
 """
 
 
@@ -119,13 +142,22 @@ def _attend(
     table: tl.tensor,
     block_stride: tl.tensor,
     slot_stride: tl.tensor,
-    position: tl.tensor,
+    row_first: tl.tensor,
+    column_first: tl.tensor,
+    last: tl.tensor,
+    floor: tl.tensor,
+    node: tl.tensor,
+    words: tl.tensor,
+    tail_begin: tl.tensor,
     low: tl.tensor,
     length: tl.tensor,
-    window: tl.tensor,
     scale: tl.tensor,
+    softcap: tl.tensor,
     MASKED: tl.constexpr,
+    COPIED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    TREE: tl.constexpr,
+    CAPPED: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -133,71 +165,209 @@ def _attend(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Add key tiles begin .. end to the running softmax (peak, total, sums) of a tile of queries.
 
-    position: the last key that each row sees; low: the first that any of them sees. Only MASKED tiles
-    may hold keys that some row does not see, or that do not exist.
+    last: the last key that each row sees (a tree's rows: before the tail); floor: with WINDOWED, the key
+    before the first; low: the first that any of them sees. With TREE, rows that are a `node` see keys from
+    tail_begin on where the bits at `words` say so. Only MASKED tiles may hold keys that some row does not
+    see, or that do not exist. PAGE is 0 if keys are contiguous. COPIED: keys and values are tensor
+    descriptors, from which the copy engine takes whole tiles; row_first and column_first are where this
+    request's keys (in pages: this head's, in page 0) begin there, block_stride the rows of a page.
     """
     column = tl.arange(0, KEYS)
     lane = tl.arange(0, BLOCK_D)[None, :]
-    # The page of a tile is looked up one tile ahead: left to the compiler, the chain table -> page would
-    # take half of the pipeline's stages.
-    page = _page(table, begin, end, low, length, column, KEYS, PAGE)
-    for tile in range(begin, end):
+    if not COPIED:
+        inside = column[:, None] * slot_stride + lane
+    factor = scale
+    if CAPPED:
+        factor = 1.0
+        scale = scale * 2.8853900817779268 / softcap  # 2 log2(e): tanh(x) = 1 - 2 / (2^(that x) + 1)
+    if PAGE > 0:
+        # The page of a tile is looked up one tile ahead: left to the compiler, the chain table -> page would
+        # take half of the pipeline's stages.
+        page = _page(table, begin, end, low, length, column, KEYS, PAGE)
+    for tile in tl.range(begin, end, num_stages=1 if TREE else None):
         key = tile * KEYS + column
-        # What nobody sees is not even read: it may be the page of somebody else, or of nobody (NaN x 0 = NaN).
-        exists = (key >= low) & (key < length)
-        if PAGE % KEYS == 0:
-            offset = page * block_stride + (tile % (PAGE // KEYS) * KEYS + column) * slot_stride
+        if COPIED:
+            line = row_first + tile * KEYS
+            if PAGE > 0:
+                line = (page * block_stride + row_first + tile % (PAGE // KEYS) * KEYS).to(tl.int32)
+            key_part, value_part = keys.load([line, column_first]), values.load([line, column_first])
+        elif PAGE == 0:
+            start = tl.cast(tile, tl.int64) * KEYS * slot_stride
+            key_at, value_at = keys + start + inside, values + start + inside
+        elif PAGE % KEYS == 0:
+            start = page * block_stride + tile % (PAGE // KEYS) * KEYS * slot_stride
+            key_at, value_at = keys + start + inside, values + start + inside
         else:
-            offset = page * block_stride + key % PAGE * slot_stride
-        page = _page(table, tile + 1, end, low, length, column, KEYS, PAGE)
-        place = offset[:, None] + lane
-        if MASKED:
-            readable = exists[:, None] & (lane < HEAD_DIM)
-            key_part = tl.load(keys + place, mask=readable, other=0.0)
-            value_part = tl.load(values + place, mask=readable, other=0.0)
+            place = (page * block_stride + key % PAGE * slot_stride)[:, None] + lane
+            key_at, value_at = keys + place, values + place
+        if PAGE > 0:
+            page = _page(table, tile + 1, end, low, length, column, KEYS, PAGE)
+        if COPIED:
+            pass
+        elif MASKED:
+            # What nobody sees is not even read: it may be the page of somebody else, or of nobody (NaN x 0 = NaN).
+            exists = ((key >= low) & (key < length))[:, None] & (lane < HEAD_DIM)
+            key_part = tl.load(key_at, mask=exists, other=0.0)
+            value_part = tl.load(value_at, mask=exists, other=0.0)
         elif HEAD_DIM != BLOCK_D:
-            key_part = tl.load(keys + place, mask=lane < HEAD_DIM, other=0.0)
-            value_part = tl.load(values + place, mask=lane < HEAD_DIM, other=0.0)
+            key_part = tl.load(key_at, mask=lane < HEAD_DIM, other=0.0)
+            value_part = tl.load(value_at, mask=lane < HEAD_DIM, other=0.0)
         else:
-            key_part = tl.load(keys + place)
-            value_part = tl.load(values + place)
+            key_part = tl.load(key_at)
+            value_part = tl.load(value_at)
         scores = tl.dot(query, key_part.T, input_precision="ieee")
+        if CAPPED:
+            scores = softcap - 2.0 * softcap / (tl.exp2(scores * scale) + 1.0)
         if MASKED:
-            seen = key[None, :] <= position[:, None]
+            seen = key[None, :] <= last[:, None]
             if WINDOWED:
-                seen &= key[None, :] > position[:, None] - window
+                seen &= key[None, :] > floor[:, None]
+            if TREE:
+                bit = tl.maximum(key - tail_begin, 0)
+                of_tail = (key >= tail_begin) & (key < length)
+                word = tl.load(
+                    words[:, None] + (bit // 32)[None, :],
+                    mask=node[:, None] & of_tail[None, :],
+                    other=0,
+                )
+                seen |= ((word >> (bit % 32)[None, :]) & 1) != 0
             scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * factor)
         base = new_peak
         if MASKED:
             # A row that has seen nothing yet has no finite peak: -inf - -inf would be NaN.
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores * scale - base[:, None])
+        # Written as fma, so that every kernel rounds alike (fixed pieces promise the same bits).
+        weights = tl.exp2(tl.fma(scores, factor, -base[:, None]))
         shrink = tl.exp2(peak - base)
-        total = total * shrink + tl.sum(weights, axis=1)
+        total = tl.fma(total, shrink, tl.sum(weights, axis=1))
         sums = tl.dot(weights.to(value_part.dtype), value_part, sums * shrink[:, None], input_precision="ieee")
         peak = new_peak
     return peak, total, sums
 
 
+@triton.jit
+def _ones(bits: tl.tensor) -> tl.tensor:
+    """How many bits of each int32 are set."""
+    x = bits.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _sight(
+    row: tl.tensor,
+    token: tl.tensor,
+    rows: tl.tensor,
+    length: tl.tensor,
+    tail_begin: tl.tensor,
+    window: tl.tensor,
+    tree: tl.tensor,
+    tree_stride: tl.tensor,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TREE: tl.constexpr,
+    WORDS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """What rows `row` of a request see, as `_attend` wants it: last, floor, node, words."""
+    last = row * 0 + (length - 1)
+    if CAUSAL:
+        last = length - rows + row
+    position = last
+    node = row < 0
+    words = token
+    if TREE:
+        tail = length - tail_begin
+        node = (row >= rows - tail) & (row < rows)
+        words = tree + token * tree_stride
+        last = tl.where(node, tail_begin - 1, last)
+        if WINDOWED:
+            seen = row * 0
+            for word in tl.static_range(WORDS):
+                bits = tl.load(words + word, mask=node, other=0)
+                left = tail - word * 32  # bits of this word that are in the tail
+                some = bits & ((1 << tl.minimum(tl.maximum(left, 0), 31)) - 1)
+                seen += _ones(tl.where(left >= 32, bits, some))
+            position = tl.where(node, tail_begin + seen - 1, position)
+    return last, position - window, node, words
+
+
+@triton.jit
+def _joined(
+    peak: tl.tensor, total: tl.tensor, sums: tl.tensor, log: tl.tensor, part: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A running result with a further piece: O = sum(w O_i) / sum(w), w = 2^(log_i - peak)."""
+    new_peak = tl.maximum(peak, log)
+    level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weight, shrink = tl.exp2(log - level), tl.exp2(peak - level)
+    total = tl.fma(total, shrink, weight)
+    sums = tl.fma(part, tl.expand_dims(weight, -1), sums * tl.expand_dims(shrink, -1))
+    return new_peak, total, sums
+
+
+@triton.jit
+def _with_sink(
+    peak: tl.tensor, total: tl.tensor, sums: tl.tensor, sinks: tl.tensor, head: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Running result with the head's sink: a key of value zero, its logit given in natural units."""
+    if sinks is not None:
+        sink = tl.load(sinks + head) * 1.4426950408889634
+        peak, total, sums = _joined(peak, total, sums, sink, tl.zeros_like(sums))
+    return peak, total, sums
+
+
+@triton.jit
+def _store(
+    out: tl.tensor,
+    lse: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    sums: tl.tensor,
+    spot: tl.tensor,
+    alive: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Write a tile's results. spot: token * heads + head (int64). Rows that saw nothing: zeros and -inf."""
+    lane = tl.arange(0, BLOCK_D)[None, :]
+    whole = tl.where(total > 0, total, 1.0)
+    result = sums / whole[:, None]
+    place = out + spot[:, None] * HEAD_DIM + lane
+    tl.store(place, result.to(out.dtype.element_ty), mask=alive[:, None] & (lane < HEAD_DIM))
+    if lse is not None:
+        tl.store(lse + spot, (peak + tl.log2(whole)) * LN_2, mask=alive)
+
+
 @triton.jit(
-    do_not_specialize=["requests", "limit", "window", "table_stride", "tiles"],
-    do_not_specialize_on_alignment=["tables", "starts", "lengths"],
+    do_not_specialize=["requests", "limit", "window", "table_stride", "tiles", "section", "fixed", "tree_stride"],
+    do_not_specialize_on_alignment=["places", "starts", "lengths", "tree", "tails", "sinks"],
 )
 def _long_kernel(
     q: tl.tensor,
-    k_pages: tl.tensor,
-    v_pages: tl.tensor,
-    tables: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    places: tl.tensor,
     starts: tl.tensor,
     lengths: tl.tensor,
+    sinks: tl.tensor,
+    tree: tl.tensor,
+    tails: tl.tensor,
     out: tl.tensor,
+    lse: tl.tensor,
+    k_tiles: tl.tensor,
+    v_tiles: tl.tensor,
     requests: tl.tensor,
     tiles: tl.tensor,
+    section: tl.tensor,
     limit: tl.tensor,
     window: tl.tensor,
+    fixed: tl.tensor,
     scale: tl.tensor,
+    softcap: tl.tensor,
     table_stride: tl.tensor,
+    tree_stride: tl.tensor,
     q_token_stride: tl.tensor,
     q_head_stride: tl.tensor,
     block_stride: tl.tensor,
@@ -205,7 +375,11 @@ def _long_kernel(
     slot_stride: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WORDS: tl.constexpr,
+    FIXED_PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -214,10 +388,13 @@ def _long_kernel(
 ) -> None:
     """All keys of one tile of rows. Skips requests of at most `limit` rows."""
     ROWS: tl.constexpr = BLOCK_M // GROUP
-    # Late tiles see most keys: they start first, so that no long one is left for the end. KV heads
-    # change fastest, so that tiles running together are neighbours that read the same keys.
-    kv_head = tl.program_id(0) % KV_HEADS
-    tile = tiles - 1 - tl.program_id(0) // KV_HEADS
+    TREE: tl.constexpr = WORDS > 0
+    # Late tiles see most keys: they start first, so that no long one is left for the end. KV heads of a
+    # section change fastest, so that tiles running together are neighbours that read the same keys.
+    heads_done = tl.program_id(0) // (section * tiles)
+    within = tl.program_id(0) % (section * tiles)
+    kv_head = heads_done * section + within % section
+    tile = tiles - 1 - within // section
     request = tl.maximum(sequence_of(starts, requests, tile, ROWS), 0)
     first = tl.load(starts + request)
     rows = tl.load(starts + request + 1) - first
@@ -225,52 +402,102 @@ def _long_kernel(
     if (row_begin >= rows) | (row_begin < 0) | (rows <= limit):
         return
     length = tl.load(lengths + request)
+    keys = k + kv_head.to(tl.int64) * head_stride
+    values = v + kv_head.to(tl.int64) * head_stride
+    table = places + request.to(tl.int64) * table_stride
+    if PAGE == 0:
+        key_first = tl.load(places + request).to(tl.int64) * slot_stride
+        keys += key_first
+        values += key_first
+    tail_begin = length
+    if TREE:
+        tail_begin = length - tl.load(tails + request)
 
     member = tl.arange(0, BLOCK_M)
     row = row_begin + member // GROUP
     head = kv_head * GROUP + member % GROUP
     lane = tl.arange(0, BLOCK_D)[None, :]
-    live = ((row < rows) & (member < ROWS * GROUP))[:, None] & (lane < HEAD_DIM)
+    alive = (row < rows) & (member < ROWS * GROUP)
     token = (first + row).to(tl.int64)
     query_at = q + (token * q_token_stride + head * q_head_stride)[:, None] + lane
-    query = tl.load(query_at, mask=live, other=0.0)
+    query = tl.load(query_at, mask=alive[:, None] & (lane < HEAD_DIM), other=0.0)
+    last, floor, node, words = _sight(
+        row, token, rows, length, tail_begin, window, tree, tree_stride, CAUSAL, WINDOWED, TREE, WORDS
+    )
 
     # Rows row_begin .. see keys up to first_seen .. last_seen; tiles of keys fall into those that the
-    # window cuts, those that every row sees whole, and those that the diagonal or the end cuts.
-    first_seen = length - rows + row_begin
-    last_seen = length - rows + tl.minimum(row_begin + ROWS, rows) - 1
+    # window cuts, those that every row sees whole, and those that the diagonal, a tree or the end cuts.
+    first_seen = length - 1
+    last_seen = length - 1
+    if CAUSAL:
+        row_end = tl.minimum(row_begin + ROWS, rows)
+        first_seen = length - rows + row_begin
+        last_seen = length - rows + row_end - 1
+        if TREE:
+            nodes = (tail_begin < length) & (row_end > rows - (length - tail_begin))
+            first_seen = tl.minimum(first_seen, tail_begin - 1)
+            last_seen = tl.where(nodes, length - 1, last_seen)
     end = (tl.maximum(last_seen + 1, 0) + KEYS - 1) // KEYS
     low = 0
     left = 0
     if WINDOWED:
-        low = tl.maximum(first_seen - window + 1, 0)
+        # (A tree's row sees itself, so its position is no earlier than the tail.)
+        low = tl.maximum(tl.minimum(length - rows + row_begin, tail_begin) - window + 1, 0)
         left = tl.minimum((tl.maximum(last_seen - window + 1, 0) + KEYS - 1) // KEYS, end)
+        if TREE:
+            left = tl.minimum(left, tail_begin // KEYS)
     begin = low // KEYS
     right = tl.minimum(tl.maximum(tl.maximum(first_seen + 1, 0) // KEYS, left), end)
 
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    position = length - rows + row
-    keys = k_pages + kv_head.to(tl.int64) * head_stride
-    values = v_pages + kv_head.to(tl.int64) * head_stride
-    table = tables + request.to(tl.int64) * table_stride
-    if WINDOWED:
+    if FIXED_PIECES:
+        for piece in tl.range(begin // fixed, (end + fixed - 1) // fixed, num_stages=1):
+            own_peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            own_total = tl.zeros((BLOCK_M,), tl.float32)
+            own_sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            own_peak, own_total, own_sums = _attend(
+                query, own_peak, own_total, own_sums, tl.maximum(piece * fixed, begin),
+                tl.minimum(piece * fixed + fixed, end), keys, values, table, block_stride, slot_stride,
+                0, 0, last, floor,
+                node, words, tail_begin, low, length, scale, softcap,
+                True, False, WINDOWED, TREE, CAPPED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
+            )  # fmt: skip
+            own_total = tl.where(own_total > 0, own_total, 1.0)
+            peak, total, sums = _joined(peak, total, sums, own_peak + tl.log2(own_total), own_sums / own_total[:, None])
+    else:
+        if WINDOWED:
+            peak, total, sums = _attend(
+                query, peak, total, sums, begin, left, keys, values, table, block_stride, slot_stride,
+                0, 0, last, floor,
+                node, words, tail_begin, low, length, scale, softcap,
+                True, False, WINDOWED, False, CAPPED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
+            )  # fmt: skip
+        if k_tiles is not None:
+            row_first, column_first = kv_head * PAGE, 0
+            if PAGE == 0:
+                row_first, column_first = tl.load(places + request), kv_head * HEAD_DIM
+            peak, total, sums = _attend(
+                query, peak, total, sums, left, right, k_tiles, v_tiles, table, KV_HEADS * PAGE, 0,
+                row_first, column_first, last, floor, node, words, tail_begin, low, length, scale, softcap,
+                False, True, WINDOWED, False, CAPPED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
+            )  # fmt: skip
+        else:
+            peak, total, sums = _attend(
+                query, peak, total, sums, left, right, keys, values, table, block_stride, slot_stride,
+                0, 0, last, floor,
+                node, words, tail_begin, low, length, scale, softcap,
+                False, False, WINDOWED, False, CAPPED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
+            )  # fmt: skip
         peak, total, sums = _attend(
-            query, peak, total, sums, begin, left, keys, values, table, block_stride, slot_stride,
-            position, low, length, window, scale, True, WINDOWED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
+            query, peak, total, sums, right, end, keys, values, table, block_stride, slot_stride,
+            0, 0, last, floor,
+            node, words, tail_begin, low, length, scale, softcap,
+            True, False, WINDOWED, TREE, CAPPED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
         )  # fmt: skip
-    peak, total, sums = _attend(
-        query, peak, total, sums, left, right, keys, values, table, block_stride, slot_stride,
-        position, low, length, window, scale, False, WINDOWED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
-    )  # fmt: skip
-    peak, total, sums = _attend(
-        query, peak, total, sums, right, end, keys, values, table, block_stride, slot_stride,
-        position, low, length, window, scale, True, WINDOWED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
-    )  # fmt: skip
-    result = sums / tl.where(total > 0, total, 1.0)[:, None]
-    target = out + ((token * KV_HEADS * GROUP + head) * HEAD_DIM)[:, None] + lane
-    tl.store(target, result.to(out.dtype.element_ty), mask=live)
+    peak, total, sums = _with_sink(peak, total, sums, sinks, head)
+    _store(out, lse, peak, total, sums, token * (KV_HEADS * GROUP) + head, alive, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -281,7 +508,9 @@ def _spans(
     requests: tl.tensor,
     limit: tl.tensor,
     window: tl.tensor,
+    fixed: tl.tensor,
     WINDOWED: tl.constexpr,
+    FIXED_PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -289,13 +518,30 @@ def _spans(
     real = index < requests
     rows = tl.load(starts + index + 1, mask=real, other=0) - tl.load(starts + index, mask=real, other=0)
     length = tl.load(lengths + index, mask=real, other=0)
-    begin = tl.zeros_like(length)
-    if WINDOWED:
-        begin = tl.maximum(length - rows - window + 1, 0) // KEYS
     row_tiles = tl.where((rows > 0) & (rows <= limit), (rows + ROWS - 1) // ROWS, 0)
+    begin = _first_tile(rows, length, window, fixed, WINDOWED, FIXED_PIECES, KEYS)
     # Somebody must write the zeros of rows that see nothing: one tile at least.
     key_tiles = tl.maximum((length + KEYS - 1) // KEYS - begin, 1)
     return row_tiles, tl.where(row_tiles > 0, key_tiles, 0)
+
+
+@triton.jit
+def _first_tile(
+    rows: tl.tensor,
+    length: tl.tensor,
+    window: tl.tensor,
+    fixed: tl.tensor,
+    WINDOWED: tl.constexpr,
+    FIXED_PIECES: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> tl.tensor:
+    """The key tile that the first piece of a request begins with; fixed pieces begin at their multiples."""
+    begin = length * 0
+    if WINDOWED:
+        begin = tl.maximum(length - rows - window + 1, 0) // KEYS
+        if FIXED_PIECES:
+            begin = begin // fixed * fixed
+    return begin
 
 
 @triton.jit
@@ -308,39 +554,45 @@ def _share(
     pieces: tl.tensor,
     fixed: tl.tensor,
     WINDOWED: tl.constexpr,
+    FIXED_PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     LEAST: tl.constexpr,
 ) -> tl.tensor:
-    """Key tiles of a piece: `fixed`, or if that is 0 what cuts this batch into about `pieces` pieces.
+    """Key tiles of a piece: `fixed`, or what cuts this batch into about `pieces` pieces.
 
     Invariant: a request with n tiles of keys has ceil(n / share) pieces for each tile of its rows, so
     all together there are at most pieces + (tiles of rows).
     """
     share = fixed
-    if fixed == 0:
+    if not FIXED_PIECES:
         work = 0
         for base in range(0, requests, SCAN):
             row_tiles, key_tiles = _spans(
-                starts, lengths, base + tl.arange(0, SCAN), requests, limit, window, WINDOWED, ROWS, KEYS
-            )
+                starts, lengths, base + tl.arange(0, SCAN), requests, limit, window, fixed,
+                WINDOWED, FIXED_PIECES, ROWS, KEYS,
+            )  # fmt: skip
             work += tl.sum(row_tiles * key_tiles, axis=0)
         share = tl.maximum((work + pieces - 1) // pieces, LEAST)
     return share
 
 
 @triton.jit(
-    do_not_specialize=["requests", "limit", "window", "pieces", "fixed", "table_stride"],
-    do_not_specialize_on_alignment=["tables", "starts", "lengths"],
+    do_not_specialize=["requests", "limit", "window", "pieces", "fixed", "table_stride", "tree_stride"],
+    do_not_specialize_on_alignment=["places", "starts", "lengths", "tree", "tails", "sinks"],
 )
 def _split_kernel(
     q: tl.tensor,
-    k_pages: tl.tensor,
-    v_pages: tl.tensor,
-    tables: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    places: tl.tensor,
     starts: tl.tensor,
     lengths: tl.tensor,
+    sinks: tl.tensor,
+    tree: tl.tensor,
+    tails: tl.tensor,
     out: tl.tensor,
+    lse: tl.tensor,
     partial: tl.tensor,
     partial_log: tl.tensor,
     requests: tl.tensor,
@@ -349,7 +601,9 @@ def _split_kernel(
     pieces: tl.tensor,
     fixed: tl.tensor,
     scale: tl.tensor,
+    softcap: tl.tensor,
     table_stride: tl.tensor,
+    tree_stride: tl.tensor,
     q_token_stride: tl.tensor,
     q_head_stride: tl.tensor,
     block_stride: tl.tensor,
@@ -357,26 +611,35 @@ def _split_kernel(
     slot_stride: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WORDS: tl.constexpr,
+    FIXED_PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    KEPT: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
     LEAST: tl.constexpr,
 ) -> None:
-    """One piece of the keys of one tile of rows. Skips requests of more than `limit` rows."""
+    """One piece of the keys of one tile of rows, of which no more than KEPT are in use. Skips requests of more
+    than `limit` rows."""
     ROWS: tl.constexpr = BLOCK_M // GROUP
+    TREE: tl.constexpr = WORDS > 0
     kv_head = tl.program_id(0) % KV_HEADS
     piece = tl.program_id(0) // KV_HEADS
-    share = _share(starts, lengths, requests, limit, window, pieces, fixed, WINDOWED, ROWS, KEYS, LEAST)
+    share = _share(starts, lengths, requests, limit, window, pieces, fixed, WINDOWED, FIXED_PIECES, ROWS, KEYS, LEAST)
     # Pieces are numbered request by request; this finds the request that owns number `piece`.
     before = 0
     request = -1
     place = 0
     for base in range(0, requests, SCAN):
         index = base + tl.arange(0, SCAN)
-        row_tiles, key_tiles = _spans(starts, lengths, index, requests, limit, window, WINDOWED, ROWS, KEYS)
+        row_tiles, key_tiles = _spans(
+            starts, lengths, index, requests, limit, window, fixed, WINDOWED, FIXED_PIECES, ROWS, KEYS
+        )
         counts = row_tiles * ((key_tiles + share - 1) // share)
         ends = before + tl.cumsum(counts, axis=0)
         mine = (piece < ends) & (piece >= ends - counts)
@@ -389,13 +652,25 @@ def _split_kernel(
     first = tl.load(starts + request)
     rows = tl.load(starts + request + 1) - first
     length = tl.load(lengths + request)
+    keys = k + kv_head.to(tl.int64) * head_stride
+    values = v + kv_head.to(tl.int64) * head_stride
+    table = places + tl.cast(request, tl.int64) * table_stride
+    if PAGE == 0:
+        key_first = tl.load(places + request).to(tl.int64) * slot_stride
+        keys += key_first
+        values += key_first
+    tail_begin = length
+    if TREE:
+        tail_begin = length - tl.load(tails + request)
     low = 0
     if WINDOWED:
         low = tl.maximum(length - rows - window + 1, 0)
-    key_begin = low // KEYS
+    key_begin = _first_tile(rows, length, window, fixed, WINDOWED, FIXED_PIECES, KEYS)
     key_tiles = tl.maximum((length + KEYS - 1) // KEYS - key_begin, 1)
     count = (key_tiles + share - 1) // share
-    even = (key_tiles + count - 1) // count  # the same number of pieces, but of one size
+    even = share
+    if not FIXED_PIECES:
+        even = (key_tiles + count - 1) // count  # the same number of pieces, but of one size
     row_begin = place // count * ROWS
 
     member = tl.arange(0, BLOCK_M)
@@ -403,46 +678,74 @@ def _split_kernel(
     head = kv_head * GROUP + member % GROUP
     lane = tl.arange(0, BLOCK_D)[None, :]
     alive = (row < rows) & (member < ROWS * GROUP)
-    live = alive[:, None] & (lane < HEAD_DIM)
     token = (first + row).to(tl.int64)
     query_at = q + (token * q_token_stride + head * q_head_stride)[:, None] + lane
-    query = tl.load(query_at, mask=live, other=0.0)
+    query = tl.load(query_at, mask=alive[:, None] & (lane < HEAD_DIM), other=0.0)
+    last, floor, node, words = _sight(
+        row, token, rows, length, tail_begin, window, tree, tree_stride, CAUSAL, WINDOWED, TREE, WORDS
+    )
 
-    last_seen = length - rows + tl.minimum(row_begin + ROWS, rows) - 1
+    last_seen = length - 1
+    if CAUSAL:
+        row_end = tl.minimum(row_begin + ROWS, rows)
+        last_seen = length - rows + row_end - 1
+        if TREE:
+            nodes = (tail_begin < length) & (row_end > rows - (length - tail_begin))
+            last_seen = tl.where(nodes, length - 1, last_seen)
     begin = key_begin + place % count * even
     end = tl.minimum(begin + even, (tl.maximum(last_seen + 1, 0) + KEYS - 1) // KEYS)
+    if FIXED_PIECES:  # whole tiles that nobody sees
+        begin = tl.maximum(begin, low // KEYS)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Memory is what this loop waits for, so every tile pays for masks and there is but one loop.
+    # Memory is what this loop waits for, so every tile pays for masks and there is but one loop (a tree's
+    # tail has its own: its bits are no use to the pipeline of keys).
+    split = end
+    if TREE:
+        split = tl.maximum(tl.minimum(tail_begin // KEYS, end), begin)
     peak, total, sums = _attend(
-        query, peak, total, sums, begin, end,
-        k_pages + kv_head.to(tl.int64) * head_stride, v_pages + kv_head.to(tl.int64) * head_stride,
-        tables + tl.cast(request, tl.int64) * table_stride, block_stride, slot_stride,
-        length - rows + row, low, length, window, scale, True, WINDOWED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
+        query, peak, total, sums, begin, split, keys, values, table, block_stride, slot_stride,
+        0, 0, last, floor,
+        node, words, tail_begin, low, length, scale, softcap,
+        True, False, WINDOWED, False, CAPPED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
     )  # fmt: skip
-    # Rows that saw nothing: zeros, with -inf for a logarithm (their peak is -inf already).
-    total = tl.where(total > 0, total, 1.0)
-    result = sums / total[:, None]
+    if TREE:
+        peak, total, sums = _attend(
+            query, peak, total, sums, split, end, keys, values, table, block_stride, slot_stride,
+            0, 0, last, floor,
+            node, words, tail_begin, low, length, scale, softcap,
+            True, False, WINDOWED, True, CAPPED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
+        )  # fmt: skip
     if count == 1:
-        target = out + ((token * KV_HEADS * GROUP + head) * HEAD_DIM)[:, None] + lane
-        tl.store(target, result.to(out.dtype.element_ty), mask=live)
+        if FIXED_PIECES:  # as if merged: the same roundings
+            whole = tl.where(total > 0, total, 1.0)
+            peak, total, sums = peak + tl.log2(whole), total * 0.0 + 1.0, sums / whole[:, None]
+            total = tl.where(peak == float("-inf"), 0.0, total)
+        peak, total, sums = _with_sink(peak, total, sums, sinks, head)
+        _store(out, lse, peak, total, sums, token * (KV_HEADS * GROUP) + head, alive, HEAD_DIM, BLOCK_D)
     else:
-        spot = tl.program_id(0).to(tl.int64) * BLOCK_M + member
-        tl.store(partial + spot[:, None] * HEAD_DIM + lane, result, mask=live)
-        tl.store(partial_log + spot, peak + tl.log2(total), mask=alive)
+        # Rows that saw nothing: zeros, with -inf for a logarithm (their peak is -inf already).
+        total = tl.where(total > 0, total, 1.0)
+        kept = alive & (member < KEPT)
+        spot = tl.program_id(0).to(tl.int64) * KEPT + member
+        result = sums / total[:, None]
+        tl.store(partial + spot[:, None] * HEAD_DIM + lane, result, mask=kept[:, None] & (lane < HEAD_DIM))
+        tl.store(partial_log + spot, peak + tl.log2(total), mask=kept)
 
 
 @triton.jit(
     do_not_specialize=["requests", "limit", "window", "pieces", "fixed"],
-    do_not_specialize_on_alignment=["starts", "lengths"],
+    do_not_specialize_on_alignment=["starts", "lengths", "sinks"],
 )
 def _merge_kernel(
     out: tl.tensor,
+    lse: tl.tensor,
     partial: tl.tensor,
     partial_log: tl.tensor,
     starts: tl.tensor,
     lengths: tl.tensor,
+    sinks: tl.tensor,
     requests: tl.tensor,
     limit: tl.tensor,
     window: tl.tensor,
@@ -451,7 +754,9 @@ def _merge_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     WINDOWED: tl.constexpr,
+    FIXED_PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    KEPT: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -475,12 +780,14 @@ def _merge_kernel(
     if (row_tile * ROWS >= rows) | (row_tile < 0) | (rows > limit):
         return
 
-    share = _share(starts, lengths, requests, limit, window, pieces, fixed, WINDOWED, ROWS, KEYS, LEAST)
+    share = _share(starts, lengths, requests, limit, window, pieces, fixed, WINDOWED, FIXED_PIECES, ROWS, KEYS, LEAST)
     before = 0
     count = 0
     for base in range(0, request + 1, SCAN):
         index = base + tl.arange(0, SCAN)
-        row_tiles, key_tiles = _spans(starts, lengths, index, requests, limit, window, WINDOWED, ROWS, KEYS)
+        row_tiles, key_tiles = _spans(
+            starts, lengths, index, requests, limit, window, fixed, WINDOWED, FIXED_PIECES, ROWS, KEYS
+        )
         counts = (key_tiles + share - 1) // share
         before += tl.sum(tl.where(index < request, row_tiles * counts, 0), axis=0)
         count += tl.sum(tl.where(index == request, counts, 0), axis=0)
@@ -491,28 +798,35 @@ def _merge_kernel(
     first_piece = before + row_tile * count
     for row in range(row_tile * ROWS, tl.minimum(row_tile * ROWS + ROWS, rows)):
         member = (row - row_tile * ROWS) * GROUP + head % GROUP
-        peak = float("-inf")
-        total = 0.0
-        sums = tl.zeros((BLOCK_D,), tl.float32)
-        for base in range(0, count, AT_ONCE):
-            index = base + tl.arange(0, AT_ONCE)
-            spot = ((first_piece + index).to(tl.int64) * KV_HEADS + head // GROUP) * BLOCK_M + member
-            logs = tl.load(partial_log + spot, mask=index < count, other=float("-inf"))
-            parts = tl.load(
-                partial + spot[:, None] * HEAD_DIM + lane[None, :],
-                mask=(index < count)[:, None] & (lane < HEAD_DIM)[None, :],
-                other=0.0,
-            )
-            new_peak = tl.maximum(peak, tl.max(logs, axis=0))
-            level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            weights = tl.exp2(logs - level)
-            shrink = tl.exp2(peak - level)
-            total = total * shrink + tl.sum(weights, axis=0)
-            sums = sums * shrink + tl.sum(weights[:, None] * parts, axis=0)
-            peak = new_peak
-        result = sums / tl.where(total > 0, total, 1.0)
-        target = out + ((first + row).to(tl.int64) * HEADS + head) * HEAD_DIM + lane
-        tl.store(target, result.to(out.dtype.element_ty), mask=lane < HEAD_DIM)
+        peak = tl.full((1,), float("-inf"), tl.float32)
+        total = tl.zeros((1,), tl.float32)
+        sums = tl.zeros((1, BLOCK_D), tl.float32)
+        if FIXED_PIECES:  # one by one, as the long kernel does
+            for piece in range(count):
+                spot = (tl.cast(first_piece + piece, tl.int64) * KV_HEADS + head // GROUP) * KEPT + member
+                log = tl.load(partial_log + spot + tl.arange(0, 1))
+                part = tl.load(partial + spot * HEAD_DIM + lane, mask=lane < HEAD_DIM, other=0.0)[None, :]
+                peak, total, sums = _joined(peak, total, sums, log, part)
+        else:
+            for base in range(0, count, AT_ONCE):
+                index = base + tl.arange(0, AT_ONCE)
+                spot = ((first_piece + index).to(tl.int64) * KV_HEADS + head // GROUP) * KEPT + member
+                logs = tl.load(partial_log + spot, mask=index < count, other=float("-inf"))
+                parts = tl.load(
+                    partial + spot[:, None] * HEAD_DIM + lane[None, :],
+                    mask=(index < count)[:, None] & (lane < HEAD_DIM)[None, :],
+                    other=0.0,
+                )
+                new_peak = tl.maximum(peak, tl.max(logs, axis=0))
+                level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+                weights = tl.exp2(logs - level)
+                shrink = tl.exp2(peak - level)
+                total = total * shrink + tl.sum(weights, axis=0)
+                sums = sums * shrink[:, None] + tl.sum(weights[:, None] * parts, axis=0)[None, :]
+                peak = new_peak
+        peak, total, sums = _with_sink(peak, total, sums, sinks, head)
+        spot = (first + row).to(tl.int64) * HEADS + head + tl.arange(0, 1)
+        _store(out, lse, peak, total, sums, spot, spot >= 0, HEAD_DIM, BLOCK_D)
 
 
 LIMITS = Limits(
@@ -522,7 +836,7 @@ LIMITS = Limits(
     head_dims=range(8, MAX_HEAD_DIM + 1, 8),
     pages=range(16, 257, 16),
     group=MAX_GROUP,
-    features=frozenset({"paged", "window"}),
+    features=frozenset(FEATURES),
 )
 
 
@@ -552,112 +866,258 @@ def _fitted(tile: Tile, least_rows: int, block_d: int, element_bytes: int, share
     return tile
 
 
+def _exists(key: tuple[int, int], tile: Tile) -> bool:
+    """Whether Hopper's shared memory holds a tile, and its registers the sums of its rows."""
+    element_bytes, block_d = key
+    return _fitted(tile, 1, block_d, element_bytes, 227 << 10) == tile and tile.rows * block_d <= 4096 * tile.warps
+
+
+Tunable(
+    "triton", "long", LONG, {"rows": (64, 128), "keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)},
+    lambda key: Shape(key[1], key[0]), "prefill", _exists,
+)  # fmt: skip
+Tunable(
+    "triton", "split", SPLIT, {"keys": (16, 32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4, 5)},
+    lambda key: Shape(key[1], key[0]), "decode", _exists,
+)  # fmt: skip
+
+
 def _raised(tile: Tile, rows: int) -> Tile:
     """The tile with at least this many rows."""
     return tile._replace(rows=max(tile.rows, triton.next_power_of_2(rows)))
 
 
-@attention.kernel("triton", needs=LIMITS.need, accepts=LIMITS.accepts)
-def attention_triton(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """One to three launches, whose grids and workspace follow from shapes alone; `spans` is not looked at.
+class _Plan(NamedTuple):
+    """A call as its launches want it. pointers: q, k, v, places, starts, lengths, sinks, tree, tails, out, lse;
+    numbers: scale and softcap in powers of two, strides; flags: constants that all kernels share."""
+
+    call: Call
+    pointers: tuple[torch.Tensor | None, ...]
+    numbers: tuple[float | int, ...]
+    flags: dict[str, Any]
+    machine: Machine
+    reach: int
+    page: int
+
+    @property
+    def group(self) -> int:
+        return int(self.flags["GROUP"])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.flags["KV_HEADS"])
+
+    @property
+    def requests(self) -> int:
+        return self.call.lengths.shape[0]
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Of the tables of tiles."""
+        return self.call.q.element_size(), max(64, int(self.flags["BLOCK_D"]))
+
+    def fitted(self, tile: Tile, rows: int) -> Tile:
+        """The tile raised to that many rows, then cut to the machine."""
+        rows = max(rows, self.group)
+        element_bytes = self.call.q.element_size()
+        return _fitted(_raised(tile, rows), self.group, self.flags["BLOCK_D"], element_bytes, self.machine.shared_bytes)
+
+
+def _traffic(*args: Any, **kwargs: Any) -> Cost:
+    """Every tile of rows reads what any of them sees. Partial results, which stay in the cache, are left out."""
+    call = Call(*args, **kwargs)
+    plan = _planned(call, call.q, None)
+    tall, flat, limit = _chosen(plan)
+    head_dim, spans = call.q.shape[2], call.spans
+    pairs = keys = 0
+    for new, visible, seen in zip(spans.new, spans.visible, spans.trees or ((),) * len(spans.new)):
+        tile = flat if flat is not None and (tall is None or new <= limit) else tall
+        assert tile is not None
+        rows = tile.rows // plan.group
+        for first in range(0, new, rows):
+            last = min(first + rows, new)
+            whole = not call.causal or last > new - len(seen)
+            end = visible if whole else max(visible - new + last, 0)
+            begin = 0 if call.window is None else max(visible - new + first - call.window + 1, 0)
+            keys += end - begin
+            pairs += (last - first) * (-(-end // tile.keys) - begin // tile.keys) * tile.keys
+    floor = attention.floor(*args, **kwargs)
+    key_bytes = 2 * plan.kv_heads * head_dim * call.k.element_size()
+    return Cost(
+        flops=4 * call.q.shape[1] * head_dim * pairs,
+        read_bytes=floor.read_bytes + (keys - spans.keys(call.window)) * key_bytes,
+        write_bytes=floor.write_bytes,
+        launches=(tall is not None) + 2 * (flat is not None),
+    )
+
+
+@attention.kernel("triton", needs=LIMITS.need, accepts=LIMITS.accepts, traffic=_traffic)
+def attention_triton(*args: Any, **kwargs: Any) -> Attended:
+    """One to three launches, whose grids and workspace follow from shapes alone; `spans` is only checked.
 
     The workspace (fp32 partial results) is taken from torch's allocator on every call, so that a captured
     graph owns it: (PROGRAMS_PER_SM * SMs / Hk + B) * Hk * tile rows * (D + 1) floats.
     """
     call = LIMITS.require(*args, **kwargs)
-    q, k_pages, v_pages, block_tables, scale, window = (
-        call.q,
-        call.k,
-        call.v,
-        call.block_tables,
-        call.scale,
-        call.window,
-    )
-    query_starts, lengths = call.query_starts, call.lengths
-    assert block_tables is not None
+    q = call.q
     tokens, heads, head_dim = q.shape
-    kv_heads, page = k_pages.shape[1], k_pages.shape[2]
-    requests, group = lengths.shape[0], heads // kv_heads
+    if q.device.type != "cuda" and not INTERPRETED:
+        raise InvalidArgument("q", f"must be on a CUDA device for triton, not on {q.device}")
     out = torch.empty(tokens, heads, head_dim, device=q.device, dtype=q.dtype)
-    if not tokens or not requests:
-        return out
-    machine = _machine(q.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    kind = (q.element_size(), max(64, block_d))
-    common = {
-        "KV_HEADS": kv_heads,
-        "GROUP": group,
-        "WINDOWED": window is not None,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
+    lse = torch.empty(tokens, heads, device=q.device, dtype=torch.float32) if call.return_lse else None
+    if tokens and call.lengths.shape[0]:
+        plan = _planned(call, out, lse)
+        if fixed_split_keys is None:
+            _balanced(plan)
+        else:
+            _in_fixed_pieces(plan, FIXED[plan.kind], fixed_split_keys)
+    return out if lse is None else (out, lse)
+
+
+def _planned(call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> _Plan:
+    q, k = call.q, call.k
+    paged = call.block_tables is not None
+    page = k.shape[2] if paged else 0
+    strides = k.stride()[:3] if paged else (0, k.stride(1), k.stride(0))
+    table_stride = call.block_tables.stride(0) if call.block_tables is not None else 0
+    tree_stride = 0 if call.tree is None else call.tree.stride(0)
+    softcap = 0.0 if call.softcap is None else call.softcap * LOG2_E
+    flags = {
+        "KV_HEADS": k.shape[1],
+        "GROUP": call.group,
+        "WINDOWED": call.window is not None,
+        "CAUSAL": call.causal,
+        "CAPPED": call.softcap is not None,
+        "WORDS": 0 if call.tree is None else call.tree.shape[1],
+        "HEAD_DIM": q.shape[2],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])),
+        "PAGE": page,
     }
-    inputs = (q, k_pages, v_pages, block_tables, query_starts, lengths, out)
-    strides = (block_tables.stride(0), q.stride(0), q.stride(1), *k_pages.stride()[:3])
-    reach = 0 if window is None else window
-    exponent = scale * LOG2_E
-
-    tall = _fitted(_raised(LONG[kind], group), group, block_d, kind[0], machine.shared_bytes)
-    tall_tiles = tokens // (tall.rows // group) + requests
-    average = -(-tokens // requests)
-    idle = tokens // (tall.rows // group) * kv_heads * 2 < machine.multiprocessors
-    split_alone = average <= FEW_ROWS or idle
-    both = not split_alone and requests > 1
-
-    if split_alone or both:
-        wanted = MIXED_ROWS if both else min(average * group, SPLIT_ROWS)
-        flat = _raised(SPLIT[kind], max(wanted, group))
-        flat = _fitted(flat, group, block_d, kind[0], machine.shared_bytes)
-        rows = flat.rows // group
-        _run_split(inputs, requests, rows if both else EVERY, reach, exponent, strides, flat, page, machine, common)
-    if not split_alone:
-        limit = rows if both else 0
-        _long_kernel[(tall_tiles * kv_heads,)](
-            *inputs, requests, tall_tiles, limit, reach, exponent, *strides,
-            BLOCK_M=tall.rows, KEYS=tall.keys, PAGE=page, **common, num_warps=tall.warps, num_stages=tall.stages,
-        )  # fmt: skip
-    return out
+    return _Plan(
+        call=call,
+        pointers=(
+            q, k, call.v, call.block_tables if paged else call.key_starts, call.query_starts, call.lengths,
+            call.sinks, call.tree, call.tails, out, lse,
+        ),
+        numbers=(call.scale * LOG2_E, softcap, table_stride, tree_stride, q.stride(0), q.stride(1), *strides),
+        flags=flags,
+        machine=_machine(q.device),
+        reach=call.window or 0,
+        page=page,
+    )  # fmt: skip
 
 
-def _run_split(
-    inputs: tuple[torch.Tensor, ...],
-    requests: int,
-    limit: int,
-    reach: int,
-    exponent: float,
-    strides: tuple[int, ...],
-    tile: Tile,
-    page: int,
-    machine: Machine,
-    common: dict[str, Any],
-) -> None:
-    """Launch the split kernel, and the merge if anything can have been split."""
-    q, tables, starts, lengths, out = inputs[0], *inputs[3:]
-    kv_heads, rows = common["KV_HEADS"], tile.rows // common["GROUP"]
+def _balanced(plan: _Plan) -> None:
+    """The kernels that suit the shapes, pieces as long as balances the batch."""
+    tall, flat, limit = _chosen(plan)
+    if flat is not None:
+        _run_split(plan, flat, limit, flat.rows, None)
+    if tall is not None:
+        _run_long(plan, tall, limit, None)
+
+
+def _chosen(plan: _Plan) -> tuple[Tile | None, Tile | None, int]:
+    """Tiles of the long and of the split kernel, None for one that does not run, and the rows up to which a
+    request is the split kernel's."""
+    tokens, kind = plan.call.q.shape[0], plan.kind
+    tall = plan.fitted(LONG[kind] if _copies(plan) else LOADED[kind], 1)
+    average = -(-tokens // plan.requests)
+    idle = tokens // (tall.rows // plan.group) * plan.kv_heads * 2 < plan.machine.multiprocessors
+    if average <= FEW_ROWS or idle:
+        return None, plan.fitted(SPLIT[kind], min(average * plan.group, SPLIT_ROWS)), EVERY
+    if plan.requests == 1 or not plan.page:
+        return tall, None, 0
+    flat = plan.fitted(SPLIT[kind], MIXED_ROWS)
+    return tall, flat, flat.rows // plan.group
+
+
+def _in_fixed_pieces(plan: _Plan, tile: Tile, piece_keys: int) -> None:
+    """Both kernels with one tile: short requests in pieces side by side, the others piece after piece."""
+    tokens = plan.call.q.shape[0]
+    tile = plan.fitted(tile, 1)
+    fixed = max(1, piece_keys // tile.keys)
+    short = max(1, 16 // plan.group)
+    if plan.requests > 1 or tokens <= short:
+        _run_split(plan, tile, short, short * plan.group, fixed)
+    if tokens > short:
+        _run_long(plan, tile, short, fixed)
+
+
+def _run_long(plan: _Plan, tile: Tile, limit: int, fixed: int | None) -> None:
+    tiles = plan.call.q.shape[0] // (tile.rows // plan.group) + plan.requests
+    copied = _tiles(plan, tile) if fixed is None and _copies(plan) else (None, None)
+    _long_kernel[(tiles * plan.kv_heads,)](
+        *plan.pointers, *copied, plan.requests, tiles, _section(plan), limit, plan.reach, fixed or 1, *plan.numbers,
+        BLOCK_M=tile.rows, KEYS=tile.keys, FIXED_PIECES=fixed is not None, **plan.flags,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _copies(plan: _Plan) -> bool:
+    """Whether the copy engine can take tiles of this call's keys: boxes of a matrix of rows of 16 bytes' multiple."""
+    k = plan.call.k
+    if not plan.machine.copies_tiles or plan.kind not in LONG or (k.data_ptr() | plan.call.v.data_ptr()) % 16:
+        return False
+    if plan.page:
+        return plan.page % LONG[plan.kind].keys == 0 and k.is_contiguous() and plan.call.v.is_contiguous()
+    # A head's box must end where the head does: next to it lie numbers of others.
+    whole = plan.flags["HEAD_DIM"] == plan.flags["BLOCK_D"]
+    return whole and k.shape[0] > 0 and k.stride(1) == k.shape[2] and k.stride(0) % 8 == 0
+
+
+def _tiles(plan: _Plan, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Keys and values as matrices that come in tiles: pages below each other, or heads side by side."""
+    k, v = plan.call.k, plan.call.v
+    shape, pitch = [k.shape[0], k.shape[1] * k.shape[2]], k.stride(0)
+    if plan.page:
+        shape, pitch = [k.shape[0] * k.shape[1] * k.shape[2], k.shape[3]], k.shape[3]
+    block = [tile.keys, plan.flags["BLOCK_D"]]
+    return TensorDescriptor(k, shape, [pitch, 1], block), TensorDescriptor(v, shape, [pitch, 1], block)
+
+
+def _section(plan: _Plan) -> int:
+    """KV heads whose keys and values the cache holds together; all of them where only the device knows."""
+    k = plan.call.k
+    if plan.page:
+        return plan.kv_heads
+    head_bytes = 2 * k.shape[0] // plan.requests * k.shape[2] * k.element_size()
+    return next(
+        n for n in range(plan.kv_heads, 0, -1) if not plan.kv_heads % n and (n == 1 or n * head_bytes <= SECTION_BYTES)
+    )
+
+
+def _run_split(plan: _Plan, tile: Tile, limit: int, kept: int, fixed: int | None) -> None:
+    """Launch the split kernel, and the merge if anything can have been split. kept: rows of a tile in use."""
+    q, k, requests = plan.call.q, plan.call.k, plan.requests
+    rows = tile.rows // plan.group
     one_tile = limit <= rows
     row_tiles = requests if one_tile else q.shape[0] // rows + requests
-    capacity = -(-tables.shape[1] * page // tile.keys)  # key tiles that a block table can name
     least = -(-LEAST_KEYS // tile.keys)
-    if fixed_split_keys is None:
-        fixed, most = 0, -(-capacity // least)
-        pieces = max(1, PROGRAMS_PER_SM * machine.multiprocessors // kv_heads)
-        count = min(pieces + row_tiles, most * row_tiles)
-    else:
-        fixed = max(1, fixed_split_keys // tile.keys)
-        pieces, most = 1, -(-capacity // fixed)
+    share = least if fixed is None else fixed
+    if plan.call.block_tables is not None:
+        most = -(-plan.call.block_tables.shape[1] * plan.page // (tile.keys * share))  # pieces that a table can name
         count = most * row_tiles
+    else:  # all keys are somebody's, so that the last pieces of each are what is to be added
+        most = -(-k.shape[0] // (tile.keys * share))
+        count = most + requests if one_tile else most * row_tiles
+    pieces = 1
+    if fixed is None:
+        pieces = max(1, PROGRAMS_PER_SM * plan.machine.multiprocessors // plan.kv_heads)
+        count = min(pieces + row_tiles, count)
     # Without a second piece nobody writes a partial result.
-    size = count * kv_heads * tile.rows if most > 1 else 1
+    size = count * plan.kv_heads * kept if most > 1 else 1
     partial = torch.empty(size, q.shape[2], device=q.device, dtype=torch.float32)
     partial_log = torch.empty(size, device=q.device, dtype=torch.float32)
-    plan = (requests, limit, reach, pieces, fixed)
-    _split_kernel[(count * kv_heads,)](
-        *inputs, partial, partial_log, *plan, exponent, *strides,
-        BLOCK_M=tile.rows, KEYS=tile.keys, PAGE=page, LEAST=least, **common,
+    numbers = (requests, limit, plan.reach, pieces, fixed or 1)
+    shared = {"BLOCK_M": tile.rows, "KEPT": kept, "KEYS": tile.keys, "LEAST": least, "FIXED_PIECES": fixed is not None}
+    _split_kernel[(count * plan.kv_heads,)](
+        *plan.pointers, partial, partial_log, *numbers, *plan.numbers, **shared, **plan.flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if most > 1:
+        out, lse = plan.pointers[-2:]
+        few = {name: plan.flags[name] for name in ("KV_HEADS", "GROUP", "WINDOWED", "HEAD_DIM", "BLOCK_D")}
         _merge_kernel[(row_tiles * q.shape[1],)](
-            out, partial, partial_log, starts, lengths, *plan,
-            BLOCK_M=tile.rows, KEYS=tile.keys, LEAST=least, ONE_TILE=one_tile, AT_ONCE=MERGED_AT_ONCE,
-            **common, num_warps=2,
+            out, lse, partial, partial_log, plan.call.query_starts, plan.call.lengths, plan.call.sinks, *numbers,
+            **shared, **few, ONE_TILE=one_tile, AT_ONCE=MERGED_AT_ONCE, num_warps=2,
         )  # fmt: skip

@@ -8,10 +8,11 @@ from triton.runtime import driver
 
 
 class Machine(NamedTuple):
-    """Multiprocessors, and bytes of shared memory that a program may have."""
+    """Multiprocessors, bytes of shared memory that a program may have, and whether an engine copies tiles (Hopper)."""
 
     multiprocessors: int
     shared_bytes: int
+    copies_tiles: bool = True
 
 
 @cache
@@ -20,4 +21,5 @@ def machine_of(device: torch.device) -> Machine:
         return Machine(1, 227 * 1024)
     index = torch.cuda.current_device() if device.index is None else device.index
     found = driver.active.utils.get_device_properties(index)
-    return Machine(found["multiprocessor_count"], found["max_shared_mem"])
+    copies_tiles = torch.cuda.get_device_capability(index) >= (9, 0)
+    return Machine(found["multiprocessor_count"], found["max_shared_mem"], copies_tiles)
