@@ -109,7 +109,8 @@ def _bars(result: Result, value: Value, names: list[str], across: int) -> tuple[
     for axes in every[len(panels) :]:
         axes.set_visible(False)
     handles, labels = every[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 10), fontsize=8, frameon=False)
+    ncols = max(1, min(len(labels), int(figure.get_figwidth() / 1.1)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
     return figure, every[: len(panels)]
 
 
@@ -158,7 +159,10 @@ def _speedup(result: Result) -> Any:
 
 
 def _roofline(result: Result) -> Any:
-    """Every contestant at its FLOPs over the bytes that it moved (measured if they were), under the measured roof."""
+    """Every contestant at its FLOPs over the bytes that it moved (measured if they were), under the measured roof.
+
+    Circles are full attention, triangles causal.
+    """
     figure, (axes,) = _figure(height=5.4)
     limit = result["limit"]
     letter, scale = prefix(result)
@@ -167,16 +171,19 @@ def _roofline(result: Result) -> Any:
     xs: list[float] = []
     sources = set()
     for name in _timed(result):
-        points = []
-        for cell in result["cells"]:
-            bytes_ = moved(cell, name)
-            one = cell["results"].get(name, {})
-            if bytes_ is not None and bytes_[0] and "flops_per_s" in one:
-                points.append((cell["case"]["flops"] / bytes_[0], one["flops_per_s"] / scale))
-                sources.add(bytes_[1])
-        if points:
-            xs += [x for x, _ in points]
-            axes.scatter(*zip(*points), s=26, color=colours[name], label=name, zorder=3)
+        for mask, marker in ((False, "o"), (True, "^")):
+            points = []
+            for cell in result["cells"]:
+                bytes_ = moved(cell, name)
+                one = cell["results"].get(name, {})
+                if cell["case"]["causal"] == mask and bytes_ is not None and bytes_[0] and "flops_per_s" in one:
+                    points.append((cell["case"]["flops"] / bytes_[0], one["flops_per_s"] / scale))
+                    sources.add(bytes_[1])
+            if points:
+                labels = axes.get_legend_handles_labels()[1]
+                xs += [x for x, _ in points]
+                shown = None if name in labels else name
+                axes.scatter(*zip(*points), s=30, marker=marker, color=colours[name], label=shown, zorder=3)
     if not xs:
         return None
     low, high = min(*xs, peak / bandwidth) / 3, max(*xs, peak / bandwidth) * 3
@@ -188,7 +195,7 @@ def _roofline(result: Result) -> Any:
     axes.set_ylabel(f"{letter}FLOP/s")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     roof = f"roof: {bandwidth / scale:.3g} {letter}B/s, {peak / scale:.3g} {letter}FLOP/s, measured beside it"
-    axes.set_title(f"Roofline, {_where(result)} ({roof})", loc="left", fontsize=10)
+    axes.set_title(f"Roofline, {_where(result)} ({roof}); circles full, triangles causal", loc="left", fontsize=9)
     return figure
 
 
