@@ -1,0 +1,32 @@
+"""Attention's experiments on record: one file with every experiment's result, raw timings apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import attention
+
+
+def test_experiments_on_record(tmp_path: Path) -> None:
+    arguments = ["report", "decode", "--quick", "--device", "cpu", "--threads", "1", "--rungs", "blocked"]
+    pictures = tmp_path / "pictures"
+    attention.main([*arguments, "--peers", "none", "--out", str(tmp_path / "result.json"), "--plots", str(pictures)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["summary"]) == list(result["timings"]) == ["report", "decode"]
+    for experiment, summary in result["summary"].items():
+        (cell,) = summary["cells"]
+        assert cell["results"]["blocked"]["seconds"][0] > 0
+        assert "samples" not in cell["results"]["blocked"]
+        (taken,) = result["timings"][experiment][cell["case"]["label"]].values()
+        assert len(taken) == 1
+    assert result["tables"][0]["title"].split(":")[0] == "The report's experiment"
+    assert result["settings"]["dtype"] == "float32"
+    assert len(list(pictures.glob("*.png"))) == 4
+
+
+def test_an_unknown_experiment_is_refused() -> None:
+    with pytest.raises(ValueError, match="experiment: must be one of report"):
+        attention.main(["speed", "--quick", "--device", "cpu", "--rungs", "blocked"])
