@@ -1,9 +1,9 @@
-"""Matrix products of one and a few tokens on a GPU: tiles of `linear` and `gated_linear` beside cuBLAS.
+"""Matrix products of one token on a GPU: tiles of `linear` and `gated_linear` beside cuBLAS.
 
 Each cell is a CUDA graph of calls over different weights, together far more than the L2 cache; its time is that of
 a call, and its rate the weight's bytes over that. The last table is a step's products in a row, all layers and
-the output projection, as a step runs them. What kernels/triton/linear.py and mlp.py have as their tiles was chosen
-from these tables.
+the output projection, for some numbers of tokens. What kernels/triton/linear.py and mlp.py have as their tiles was
+chosen from these tables.
 
     PYTHONPATH=src python3 -m benchmarks.gpu_linear --out $OUT
 """
@@ -52,16 +52,6 @@ ONE = (
     (2, 1024, 8), (2, 2048, 4), (2, 2048, 8), (2, 4096, 8), (4, 1024, 8),
 )  # fmt: skip
 """Rows, inputs a step, warps."""
-FEW = tuple(
-    (*tile, kib << 10)
-    for tile in (
-        (16, 16, 256, 2, 4), (16, 16, 256, 4, 4), (16, 16, 512, 4, 3), (16, 32, 128, 4, 6), (16, 32, 256, 4, 3),
-        (16, 32, 256, 4, 4), (16, 64, 128, 4, 4),
-    )
-    for kib in (0, 64, 128)
-)  # fmt: skip
-"""Tokens, columns, inputs a step, warps, stages, bytes fetched ahead."""
-MORE = ((64, 32, 128, 4, 4, 0), (64, 64, 64, 4, 4, 0), (64, 64, 64, 4, 4, 64 << 10), (64, 64, 128, 4, 4, 0))
 REPEATS = 15
 SPAN_BYTES = 600 << 20
 
@@ -76,62 +66,39 @@ def main(argv: Sequence[str] | None = None) -> Record:
 def arguments() -> argparse.ArgumentParser:
     result = parser(__doc__ or "", rounds=1)
     result.add_argument("--workers", type=int, default=14, help="processes that compile")
-    result.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
     result.add_argument("--chain", type=int, nargs="+", default=[1, 2, 8, 16, 64], help="tokens of the last table")
     return result
 
 
 def measure(options: argparse.Namespace) -> Record:
     record = Record("gpu-linear", options)
-    jobs = [
-        (shape, tokens, tile) for tokens in options.tokens for shape in LLAMA_8B.values() for tile in candidates(tokens)
-    ]
+    jobs = [(shape, tile) for shape in LLAMA_8B.values() for tile in ONE]
     began = time.perf_counter()
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         for _ in pool.map(compile_one, jobs, chunksize=1):
             pass
     record.summary["compile_s"] = round(time.perf_counter() - began, 1)
-    for tokens in options.tokens:
-        rows = []
-        for name, shape in LLAMA_8B.items():
-            found = cell(shape, tokens)
-            record.summary[f"{name}, {tokens} tokens"] = found
-            best = min(found, key=lambda one: found[one])
-            for label, seconds in sorted(found.items(), key=lambda one: one[1])[:6]:
-                rate = f"{shape.nbytes / seconds / 1e12:.2f}"
-                rows.append([name if label == best else "", label, f"{1e6 * seconds:.1f}", rate])
-            rows.append(["", "cuBLAS", f"{1e6 * found['cuBLAS']:.1f}", f"{shape.nbytes / found['cuBLAS'] / 1e12:.2f}"])
-        record.table(f"{tokens} tokens", ["product", "tile", "µs", "TB/s"], rows)
+    rows = []
+    for name, shape in LLAMA_8B.items():
+        found = cell(shape)
+        record.summary[name] = found
+        shown = [*sorted(set(found) - {"cuBLAS"}, key=lambda one: found[one])[:6], "cuBLAS"]
+        rows += [[name, one, f"{1e6 * found[one]:.1f}", f"{shape.nbytes / found[one] / 1e12:.2f}"] for one in shown]
+    record.table("One token", ["product", "rows, inputs, warps", "µs", "TB/s"], rows)
     chain(record, options.chain)
     return record
 
 
-def candidates(tokens: int) -> Sequence[tuple[int, ...]]:
-    return ONE if tokens == 1 else FEW if tokens <= 16 else MORE
-
-
 @contextmanager
-def tiled(tile: tuple[int, ...] | None) -> Iterator[None]:
-    """Make a tile the one that serves; None: as they are."""
-    if tile is None:
+def tiled(tile: tuple[int, int, int]) -> Iterator[None]:
+    """Make a tile the one that serves."""
+    rows = linear.Rows(*tile)
+    with (
+        patch.object(linear, "ONE", rows),
+        patch.object(linear, "ONE_WIDE", rows),
+        patch.object(mlp, "ONE", mlp.Rows(*tile)),
+    ):
         yield
-    elif len(tile) == 3:
-        rows = linear.Rows(*tile)
-        with (
-            patch.object(linear, "ONE", rows),
-            patch.object(linear, "ONE_WIDE", rows),
-            patch.object(mlp, "ONE", mlp.Rows(*tile)),
-        ):
-            yield
-    else:
-        with (
-            patch.object(linear, "FEW", linear.Product(*tile[:5])),
-            patch.object(linear, "LEAST_OUTPUTS", 0),
-            patch.object(linear, "FETCHED_BYTES", tile[5]),
-            patch.object(mlp, "product_for", lambda *_: mlp.Product(*tile[:5])),
-            patch.object(mlp, "FETCHED_BYTES", tile[5]),
-        ):
-            yield
 
 
 def call_of(shape: Shape) -> Callable[[torch.Tensor, Weight], torch.Tensor]:
@@ -145,37 +112,32 @@ def gated_library(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     return F.silu(gates) * ups
 
 
-def compile_one(job: tuple[Shape, int, tuple[int, ...]]) -> None:
+def compile_one(job: tuple[Shape, tuple[int, int, int]]) -> None:
     """In a process of its own; the compiler keeps what it made where this one finds it."""
-    shape, tokens, tile = job
-    x = torch.zeros(tokens, shape.inputs, device="cuda", dtype=torch.bfloat16)
+    shape, tile = job
+    x = torch.zeros(1, shape.inputs, device="cuda", dtype=torch.bfloat16)
     weight = Weight.dense_from(torch.zeros(shape.outputs, shape.inputs, device="cuda", dtype=torch.bfloat16))
     with tiled(tile):
-        try:
-            call_of(shape)(x, weight)
-        except Exception as error:
-            print(shape, tile, type(error).__name__, str(error)[:100])
+        call_of(shape)(x, weight)
 
 
-def cell(shape: Shape, tokens: int) -> dict[str, float]:
+def cell(shape: Shape) -> dict[str, float]:
     """Seconds of a call by tile."""
     count = max(4, SPAN_BYTES // shape.nbytes)
     weights = [
         Weight.dense_from(torch.randn(shape.outputs, shape.inputs, device="cuda", dtype=torch.bfloat16))
         for _ in range(count)
     ]
-    x = torch.randn(tokens, shape.inputs, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, shape.inputs, device="cuda", dtype=torch.bfloat16)
+
+    def timed(call: Callable[[torch.Tensor, Weight], torch.Tensor]) -> float:
+        return replayed(lambda: [call(x, weight) for weight in weights]) / count
+
     found = {}
-    for tile in candidates(tokens):
+    for tile in ONE:
         with tiled(tile):
-            try:
-                found[str(tile)] = replayed(lambda: [call_of(shape)(x, weight) for weight in weights]) / count
-            except Exception as error:
-                print(shape, tile, type(error).__name__, str(error)[:100])
-    found["cuBLAS"] = (
-        replayed(lambda: [(gated_library if shape.gated else cublas)(x, weight) for weight in weights]) / count
-    )
-    return found
+            found[str(tile)] = timed(call_of(shape))
+    return {**found, "cuBLAS": timed(gated_library if shape.gated else cublas)}
 
 
 def cublas(x: torch.Tensor, weight: Weight) -> torch.Tensor:

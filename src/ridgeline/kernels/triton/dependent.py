@@ -19,7 +19,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 CAPABILITY = (9, 0)
-FETCHERS: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
@@ -34,39 +33,6 @@ def ready(EARLY: tl.constexpr) -> None:
     """Wait until all kernels before this one have ended."""
     if EARLY:
         gdc_wait()
-
-
-@triton.jit
-def fetch(
-    weight: tl.tensor, row: tl.tensor, END: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr
-) -> None:
-    """Ask for the beginnings of ROWS rows of a weight [END, WIDTH] of 16 bits to come into the L2 cache.
-
-    BYTES: what `fetched` says, for each lane; nothing is asked for if it is 0.
-    """
-    if BYTES > 0:
-        lane = tl.arange(0, FETCHERS)
-        rows = tl.minimum(row + lane // (FETCHERS // ROWS), END - 1).to(tl.int64)
-        at = weight + rows * WIDTH + lane % (FETCHERS // ROWS) * (BYTES // 2)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-            "=r,l,r",
-            [at.to(tl.int64), tl.full((FETCHERS,), BYTES, tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-def fetched(rows: int, row_bytes: int, most_bytes: int) -> int:
-    """What each of FETCHERS lanes may fetch of `rows` rows that a program will read: bytes, 0 if none.
-
-    The lanes share the rows' beginnings, `most_bytes` in all; rows must begin at multiples of 16 bytes.
-    """
-    if row_bytes % 16:
-        return 0
-    lanes = FETCHERS.value // rows
-    return min(row_bytes, most_bytes // rows) // lanes // 16 * 16
 
 
 @cache

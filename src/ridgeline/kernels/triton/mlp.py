@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ridgeline.kernels.triton.dependent import dependent, fetch, fetched, ready, starting
+from ridgeline.kernels.triton.dependent import dependent, ready, starting
 from ridgeline.kernels.triton.machine import machine_of
 from ridgeline.ops.mlp import gated_linear
 from ridgeline.ops.op import cuda
@@ -43,8 +43,6 @@ class Product(NamedTuple):
 
 
 ONE = Rows(2, 2048, 8)
-FETCHED_BYTES = 64 << 10
-"""What a program of the fused product asks for before the kernel ahead has ended."""
 WIDE, NARROW = Product(16, 64, 128, 4, 3), Product(16, 32, 256, 4, 3)
 MIDDLE, TALL = Product(32, 64, 128, 4, 3), Product(64, 64, 64, 4, 4)
 
@@ -155,12 +153,8 @@ def _fused_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
-    FETCHED: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    if EARLY:
-        fetch(weight, tl.program_id(0) * COLUMNS, INNER, WIDTH, COLUMNS, FETCHED)
-        fetch(weight + INNER * WIDTH, tl.program_id(0) * COLUMNS, INNER, WIDTH, COLUMNS, FETCHED)
     row = tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, STEP)
@@ -261,7 +255,6 @@ def _fused(x: torch.Tensor, weight: Weight, activation: str, product: Product) -
         ROWS=product.rows,
         COLUMNS=product.columns,
         STEP=product.step,
-        FETCHED=fetched(product.columns, 2 * width, FETCHED_BYTES // 2),
         num_warps=product.warps,
         num_stages=product.stages,
         **dependent(x.device),
