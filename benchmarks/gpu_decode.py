@@ -153,9 +153,9 @@ def measure(options: argparse.Namespace) -> Record:
             kv_cache_memory_bytes=pool,
             seed=0,
         )
-        # What a server does once it has started: collections of garbage would look at all that start-up made.
-        gc.collect()
-        gc.freeze()
+        if not options.quick:  # as a server does once it has started: a collection would go through all of it
+            gc.collect()
+            gc.freeze()
         with llm:
             record.summary["start_s"] = round(time.perf_counter() - began, 1)
             record.settings["kernels"] = {f"{row.op} ({row.work})": row.kernel for row in llm.built.table.rows}

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode_cpu, gpu_baseline, gpu_seeds, kv_cache, qwen3_bandwidth, record, run, startup, trace_cpu
+from benchmarks import (
+    decode_cpu,
+    gpu_baseline,
+    gpu_decode,
+    gpu_seeds,
+    kv_cache,
+    qwen3_bandwidth,
+    record,
+    run,
+    startup,
+    trace_cpu,
+)
 from benchmarks.models import TINY_SHAPE, random_checkpoint
 from benchmarks.trace import azure_jobs, prompts_for, spread
 from ridgeline.kv.layout import KVLayout
@@ -90,6 +101,15 @@ def test_gpu_baseline_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:
     assert [len(one) for one in result["timings"]["batch 3"]["ridgeline"]] == [3, 3]
     assert result["summary"]["greedy_tokens_that_agree"] > 0.2
     assert all(one["met"] is None for one in result["targets"])
+
+
+def test_gpu_decode_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:
+    """Without graphs, which a CPU has not; the steps of both arms bring every request its tokens."""
+    result = bench(gpu_decode, "--device", "cpu", "--kernels", "reference")
+    assert set(result["timings"]["batch 3"]) == {"op by op", "op by op, overlap"}
+    assert [len(one) for one in result["timings"]["batch 3"]["op by op, overlap"]] == [3, 3]
+    assert result["summary"]["batch 3"]["floor_s"] > 0
+    assert result["targets"] == []
 
 
 def test_gpu_seeds_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:

@@ -175,7 +175,7 @@ class DecodeGraphs:
         self._memory[:nbytes].copy_(host[:nbytes], non_blocking=True)
         if self.device.type == "cuda":
             sent = self._sent[turn] = sent or torch.cuda.Event()
-            sent.record()
+            sent.record(torch.cuda.current_stream(self.device))
         if size.forward is None:
             self._forward(size)
         else:

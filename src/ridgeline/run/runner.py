@@ -139,7 +139,7 @@ class Runner:
         start_s = time.perf_counter()
         if self.device.type == "cuda":
             step.began = torch.cuda.Event(enable_timing=True)
-            step.began.record()
+            step.began.record(torch.cuda.current_stream(self.device))
         if plan.copies:
             source, target = send(np.array(plan.copies, dtype=np.int64).T.copy(), self.device)
             (ops or self.table.ops(plan.kind)).kv_move([*self.pages.keys, *self.pages.values], source, target)
@@ -149,7 +149,7 @@ class Runner:
             self._compute(plan, step, ops or self.table.ops(plan.kind))
         if step.began is not None:
             step.done = torch.cuda.Event(enable_timing=True)
-            step.done.record()
+            step.done.record(torch.cuda.current_stream(self.device))
         step.device_s = time.perf_counter() - start_s  # a CPU is done by now
         return step
 
