@@ -55,8 +55,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By (bytes an element, head dim rounded up to a power of two; smaller ones take the first entry). Tiles of
-# the long kernel where keys come through the copy engine (Hopper), and where they are loaded by threads.
+# By (bytes an element, head dim rounded up to a power of two; smaller ones take the first entry). Tiles of the
+# long kernel where the copy engine brings keys (contiguous ones, on Hopper), and where threads load them.
 LONG = {
     (2, 64): Tile(64, 64, 4, 3),
     (2, 128): Tile(64, 64, 4, 3),
@@ -168,9 +168,8 @@ def _attend(
     last: the last key that each row sees (a tree's rows: before the tail); floor: with WINDOWED, the key
     before the first; low: the first that any of them sees. With TREE, rows that are a `node` see keys from
     tail_begin on where the bits at `words` say so. Only MASKED tiles may hold keys that some row does not
-    see, or that do not exist. PAGE is 0 if keys are contiguous. COPIED: keys and values are tensor
-    descriptors, from which the copy engine takes whole tiles; row_first and column_first are where this
-    request's keys (in pages: this head's, in page 0) begin there, block_stride the rows of a page.
+    see, or that do not exist. PAGE is 0 if keys are contiguous. COPIED (contiguous keys): keys and values are
+    tensor descriptors, from which the copy engine takes whole tiles, beginning at row_first and column_first.
     """
     column = tl.arange(0, KEYS)
     lane = tl.arange(0, BLOCK_D)[None, :]
@@ -188,8 +187,6 @@ def _attend(
         key = tile * KEYS + column
         if COPIED:
             line = row_first + tile * KEYS
-            if PAGE > 0:
-                line = (page * block_stride + row_first + tile % (PAGE // KEYS) * KEYS).to(tl.int32)
             key_part, value_part = keys.load([line, column_first]), values.load([line, column_first])
         elif PAGE == 0:
             start = tl.cast(tile, tl.int64) * KEYS * slot_stride
@@ -475,12 +472,10 @@ def _long_kernel(
                 True, False, WINDOWED, False, CAPPED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
             )  # fmt: skip
         if k_tiles is not None:
-            row_first, column_first = kv_head * PAGE, 0
-            if PAGE == 0:
-                row_first, column_first = tl.load(places + request), kv_head * HEAD_DIM
             peak, total, sums = _attend(
-                query, peak, total, sums, left, right, k_tiles, v_tiles, table, KV_HEADS * PAGE, 0,
-                row_first, column_first, last, floor, node, words, tail_begin, low, length, scale, softcap,
+                query, peak, total, sums, left, right, k_tiles, v_tiles, table, 0, 0,
+                tl.load(places + request), kv_head * HEAD_DIM, last, floor,
+                node, words, tail_begin, low, length, scale, softcap,
                 False, True, WINDOWED, False, CAPPED, KEYS, HEAD_DIM, BLOCK_D, PAGE,
             )  # fmt: skip
         else:
@@ -1054,25 +1049,20 @@ def _run_long(plan: _Plan, tile: Tile, limit: int, fixed: int | None) -> None:
 
 
 def _copies(plan: _Plan) -> bool:
-    """Whether the copy engine can take tiles of this call's keys: boxes of a matrix of rows of 16 bytes' multiple."""
-    k = plan.call.k
-    if not plan.machine.copies_tiles or plan.kind not in LONG or (k.data_ptr() | plan.call.v.data_ptr()) % 16:
+    """Whether the copy engine can take this call's keys: heads side by side in rows of a multiple of 16 bytes."""
+    k, v = plan.call.k, plan.call.v
+    if plan.page or not plan.machine.copies_tiles or plan.kind not in LONG or not k.shape[0]:
         return False
-    if plan.page:
-        return plan.page % LONG[plan.kind].keys == 0 and k.is_contiguous() and plan.call.v.is_contiguous()
     # A head's box must end where the head does: next to it lie numbers of others.
-    whole = plan.flags["HEAD_DIM"] == plan.flags["BLOCK_D"]
-    return whole and k.shape[0] > 0 and k.stride(1) == k.shape[2] and k.stride(0) % 8 == 0
+    whole = plan.flags["HEAD_DIM"] == plan.flags["BLOCK_D"] and k.stride(1) == k.shape[2]
+    return whole and k.stride(0) % 8 == 0 and (k.data_ptr() | v.data_ptr()) % 16 == 0
 
 
 def _tiles(plan: _Plan, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Keys and values as matrices that come in tiles: pages below each other, or heads side by side."""
-    k, v = plan.call.k, plan.call.v
-    shape, pitch = [k.shape[0], k.shape[1] * k.shape[2]], k.stride(0)
-    if plan.page:
-        shape, pitch = [k.shape[0] * k.shape[1] * k.shape[2], k.shape[3]], k.shape[3]
-    block = [tile.keys, plan.flags["BLOCK_D"]]
-    return TensorDescriptor(k, shape, [pitch, 1], block), TensorDescriptor(v, shape, [pitch, 1], block)
+    """Contiguous keys and values as matrices [keys, heads * head dim] that come in tiles."""
+    k, block = plan.call.k, [tile.keys, plan.flags["BLOCK_D"]]
+    shape, strides = [k.shape[0], k.shape[1] * k.shape[2]], [k.stride(0), 1]
+    return TensorDescriptor(k, shape, strides, block), TensorDescriptor(plan.call.v, shape, strides, block)
 
 
 def _section(plan: _Plan) -> int:
