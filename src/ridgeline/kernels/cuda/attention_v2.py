@@ -213,7 +213,7 @@ def _spill_bytes(choice: Mapping[str, int | str]) -> int:
     if choice["TREE"]:
         return 512
     plain = not choice["WINDOWED"] and not choice["SOFTCAP"] and choice["PAGE"] not in (16, 48)
-    return 96 if plain else 128
+    return 96 if plain else 192
 
 
 INSTANCES = Instances(
