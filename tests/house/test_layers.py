@@ -32,8 +32,8 @@ LEVELS = {
 }
 
 PACKAGES = {
-    "torch": {"ops", "kernels", "models", "run", "perf", "engine", "study", "llm", "kv.pages"},
-    "numpy": {"kernels", "run", "workload", "study", "kv.pages"},
+    "torch": {"ops", "kernels", "models", "run", "speculate", "perf", "engine", "study", "llm", "kv.pages"},
+    "numpy": {"kernels", "run", "speculate", "workload", "study", "kv.pages"},
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "triton": {"kernels"},
@@ -46,6 +46,7 @@ PACKAGES = {
     "typer": {"cli"},
     "rich": {"cli"},
     "tqdm": {"cli", "llm"},
+    "transformers": {"study.profile"},
     "matplotlib": {"study"},
     "flashinfer": {"study"},  # a peer that is measured where it is there; no dependency
 }
