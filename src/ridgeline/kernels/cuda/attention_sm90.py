@@ -15,12 +15,15 @@ import torch
 
 from ridgeline.kernels.cuda.instances import Defines, Instances
 from ridgeline.kernels.cuda.nvrtc import FLOAT32, INT32, POINTER, TENSOR_MAP, Kernel, tensor_map
+from ridgeline.kernels.tables import Shape, Tunable
 from ridgeline.ops.attention import Attended, attention
 from ridgeline.ops.attention_call import FEATURES, Call, Limits
 from ridgeline.ops.op import cuda
 
 ALIGNED_BYTES = 16
 CHUNK = 64  # elements: 128 bytes, as wide as the copy engine swizzles
+REGISTERS = 65536  # of a multiprocessor
+BLOCK_BYTES = 232448  # of shared memory that a block may have
 ROWS = 64  # of a warpgroup
 WARPGROUP = 128
 BARRIER_BYTES = 8
@@ -78,14 +81,43 @@ class Tile(NamedTuple):
         return 128 * chunks * tiles + WORK_BYTES + BARRIER_BYTES * barriers
 
 
-TILES = {
-    64: Tile(3, 96, stages=3, registers=(32, 160)),
+SHORT = {
+    64: Tile(2, 128, stages=4),
     96: Tile(2, 128),
     128: Tile(2, 128),
     192: Tile(2, 96, query_stages=1),
     256: Tile(2, 64, query_stages=1, ping_pong=False),
 }
-"""By head dim."""
+"""By head dim, for requests of SHORT_ROWS rows or fewer on average: less is lost at the end of a request."""
+
+LONG = {
+    64: Tile(3, 96, stages=4, registers=(32, 160)),
+    96: Tile(2, 128),
+    128: Tile(2, 128, ping_pong=False),
+    192: Tile(2, 96, query_stages=1),
+    256: Tile(2, 64, query_stages=1, ping_pong=False),
+}
+"""By head dim, for requests of many rows."""
+
+SHORT_ROWS = {64: 1024, 96: 2048, 128: 2048, 192: 2048, 256: 2048}
+
+
+def _exists(head_dim: int, tile: Tile) -> bool:
+    """Whether a block finds its registers and its shared memory on a multiprocessor."""
+    registers = tile.registers[0] + tile.warpgroups * tile.registers[1]
+    return registers * WARPGROUP <= REGISTERS and tile.shared_bytes(head_dim) <= BLOCK_BYTES
+
+
+AXES = {
+    "warpgroups": (2, 3),
+    "keys": (64, 80, 96, 112, 128, 144, 160, 176),
+    "stages": (2, 3, 4),
+    "query_stages": (1, 2),
+    "ping_pong": (False, True),
+    "registers": ((24, 240), (40, 232), (32, 160)),
+}
+Tunable("sm90", "long", LONG, AXES, lambda head_dim: Shape(head_dim, 2), "prefill", _exists, (4096, 8192))
+Tunable("sm90", "short", SHORT, AXES, lambda head_dim: Shape(head_dim, 2), "prefill", _exists, (512, 1024))
 
 ARGUMENTS = (*(TENSOR_MAP,) * 3, *(POINTER,) * 10, *(INT32,) * 6, *(FLOAT32,) * 2)
 LOG2_E = 1.4426950408889634
@@ -182,6 +214,11 @@ def _counter(q: torch.Tensor) -> torch.Tensor | None:
     return counters.fresh() if capturing else counters.of(torch._C._cuda_getCurrentRawStream(device))
 
 
+def choose(tokens: int, requests: int, head_dim: int) -> Tile:
+    """The tile for a batch, from shapes alone."""
+    return (SHORT if tokens <= SHORT_ROWS[head_dim] * requests else LONG)[head_dim]
+
+
 @attention.kernel("sm90", needs=LIMITS.need, accepts=LIMITS.accepts)
 def attention_sm90(*args: Any, **kwargs: Any) -> Attended:
     """One launch and no workspace."""
@@ -189,7 +226,7 @@ def attention_sm90(*args: Any, **kwargs: Any) -> Attended:
 
 
 def run(tile: Tile | None, /, *args: Any, **kwargs: Any) -> Attended:
-    """`attention` with a given tile, or the one of its head dim."""
+    """`attention` with a given tile, or the one that `choose` names."""
     call = LIMITS.require(*args, **kwargs)
     q, k, v = call.q, call.k, call.v
     tokens, heads, head_dim = q.shape
@@ -198,7 +235,7 @@ def run(tile: Tile | None, /, *args: Any, **kwargs: Any) -> Attended:
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device) if call.return_lse else None
     if tokens and requests and heads:
         if tile is None:
-            tile = TILES[head_dim]
+            tile = choose(tokens, requests, head_dim)
         page = call.page or 0
         if not k.numel():  # nobody has a key; a map of nothing cannot be made, and is not looked at
             k = v = q.new_zeros((1, *k.shape[1:]))
@@ -222,7 +259,8 @@ def run(tile: Tile | None, /, *args: Any, **kwargs: Any) -> Attended:
 
 def _defines(choice: Mapping[str, int | str]) -> Defines:
     head_dim = int(choice["HEAD_DIM"])
-    return {**_tile_defines(TILES[head_dim], head_dim), **choice}
+    features = {name: value for name, value in choice.items() if name != "LENGTH"}
+    return {**_tile_defines({"long": LONG, "short": SHORT}[str(choice["LENGTH"])][head_dim], head_dim), **features}
 
 
 INSTANCES = Instances(
@@ -230,6 +268,7 @@ INSTANCES = Instances(
     ("sm_90a",),
     {
         "HEAD_DIM": LIMITS.head_dims,
+        "LENGTH": ("long", "short"),
         "HALF": (0, 1),
         "CAUSAL": (0, 1),
         "WINDOW": (0, 1),

@@ -21,7 +21,7 @@ from ridgeline.kernels.cuda import nvrtc
 
 Defines = dict[str, int | str]
 ARCHITECTURE = "architecture"
-SERIALIZED = re.compile(r"C75(?:08|10|14)\b.*")
+SERIALIZED = re.compile(r"C75(?:08|10|12|13|14)\b.*")
 SPILLS = re.compile(r"(\d+) bytes spill stores")
 
 
