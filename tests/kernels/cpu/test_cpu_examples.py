@@ -22,10 +22,10 @@ def test_every_op_of_a_forward_pass_is_served() -> None:
 
 
 def refused(arguments: Mapping[str, Any]) -> bool:
-    """Whether an example of attention asks for more than pages, the causal mask and a window."""
+    """Whether an example of attention asks for more than pages, the causal mask, a window and trees."""
     accepts = REGISTRY["attention"].kernels["cpu"].accepts
     assert accepts is not None
-    more = any(arguments.get(name) is not None for name in ("key_starts", "softcap", "sinks", "tree"))
+    more = any(arguments.get(name) is not None for name in ("key_starts", "softcap", "sinks"))
     more |= not arguments["causal"] or arguments["return_lse"]
     assert ("cpu does not do" in str(accepts(**arguments))) == more
     return bool(more)

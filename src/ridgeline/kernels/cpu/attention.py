@@ -1,11 +1,12 @@
 """`attention` on the CPU: online softmax over keys in blocks of 32 and segments of 256 that begin at key 0.
 
-Knows pages, groups of query heads and the causal mask. A unit of work is one KV head of one request with
+Knows pages, groups of query heads, the causal mask and trees. A unit of work is one KV head of one request with
 a tile of its new rows: the tile's queries (rows x heads of the group) pass over each block of keys while
 it lies in the cache. A query's segments are summed one by one and then merged in order; if there are fewer
 tiles than threads, each segment is a unit of its own and `merge_rows` merges, with the same result. What a
 row and head add up, and in which order, depends on their own visible keys alone, so a result is the same
-for every page size, chunk, batch and number of threads.
+for every page size, chunk, batch and number of threads. A node of a tree adds up the keys of its path in the
+order and at the places that they would have if the path had been appended alone, so its result is that too.
 
 Online softmax: Milakov and Gimelshein, 1805.02867; split keys: Dao et al., "Flash-Decoding" (2023).
 """
@@ -52,7 +53,7 @@ LIMITS = Limits(
     dtypes=tuple(HALF),
     head_dims=range(1, 257),
     pages=range(1, 1 << 20),
-    features=frozenset({"paged", "window"}),
+    features=frozenset({"paged", "window", "tree"}),
     more=_more,
 )
 
@@ -68,6 +69,10 @@ def attention_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
         q = q.contiguous()
     if not block_tables.is_contiguous():
         block_tables = block_tables.contiguous()
+    trees, words, tails = 0, 0, 0
+    if call.tree is not None and call.tails is not None:
+        tree = call.tree.contiguous()
+        trees, words, tails = tree.data_ptr(), tree.shape[1], call.tails.data_ptr()
     tokens, heads, width = q.shape
     _, kv_heads, block, _ = k.shape
     requests, blocks = block_tables.shape
@@ -88,7 +93,7 @@ def attention_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
         attention_tiles, units * segments, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
         block_tables.data_ptr(), query_starts.data_ptr(), lengths.data_ptr(), requests, blocks, heads, kv_heads,
         block, width, HALF[q.dtype], tile, window or 0, float_bits(scale / math.log(2)), segments,
-        0 if partial is None else partial.data_ptr(),
+        0 if partial is None else partial.data_ptr(), trees, words, tails,
     )  # fmt: skip
     if partial is not None:
         POOL.small(merge_rows, tokens * heads, partial.data_ptr(), out.data_ptr(), segments, width, HALF[q.dtype])

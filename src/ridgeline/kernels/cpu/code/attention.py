@@ -1,11 +1,12 @@
 """`attention` on the CPU: online softmax over keys in blocks of 32 and segments of 256 that begin at key 0.
 
-Knows pages, groups of query heads and the causal mask. A unit of work is one KV head of one request with
+Knows pages, groups of query heads, the causal mask and trees. A unit of work is one KV head of one request with
 a tile of its new rows: the tile's queries (rows x heads of the group) pass over each block of keys while
 it lies in the cache. A query's segments are summed one by one and then merged in order; if there are fewer
 tiles than threads, each segment is a unit of its own and `merge_rows` merges, with the same result. What a
 row and head add up, and in which order, depends on their own visible keys alone, so a result is the same
-for every page size, chunk, batch and number of threads.
+for every page size, chunk, batch and number of threads. A node of a tree adds up the keys of its path in the
+order and at the places that they would have if the path had been appended alone, so its result is that too.
 
 Online softmax: Milakov and Gimelshein, 1805.02867; split keys: Dao et al., "Flash-Decoding" (2023).
 """
@@ -32,6 +33,7 @@ from ridgeline.kernels.cpu.code.vector import (
     peak,
     splat,
     store_float,
+    store_i32,
     store_scalar,
     total,
 )
@@ -117,6 +119,53 @@ def gathered(  # type: ignore[no-untyped-def]
 
 
 @njit
+def is_ancestor(bits, node):  # type: ignore[no-untyped-def]
+    """Whether a row of a tree sees a node."""
+    return (load_i32(bits + 4 * (node // 32)) >> (node % 32)) & 1
+
+
+@njit
+def length_of_path(bits, nodes):  # type: ignore[no-untyped-def]
+    """Nodes that a row of a tree sees, itself included."""
+    count = 0
+    for node in range(nodes):
+        count += is_ancestor(bits, node)
+    return count
+
+
+@njit
+def gathered_path(  # type: ignore[no-untyped-def]
+    pages,
+    table,
+    head,
+    kv_heads,
+    block,
+    width,
+    half,
+    first,
+    low,
+    tail,
+    nodes,
+    bits,
+    target,
+):
+    """The same for a row of a tree: keys before `tail`, then those of its path in their order, as if they had
+    been appended one after the other."""
+    gathered(pages, table, head, kv_heads, block, width, half, first, low, min(KEYS, tail - first), target)
+    size = 4 - 2 * half
+    stride = (width + 15) // 16 * 64
+    place = tail
+    for node in range(nodes):
+        if is_ancestor(bits, node):
+            if first + low <= place and place < first + KEYS:
+                key = tail + node
+                page = load_i32(table + 4 * (key // block))
+                source = pages + ((page * kv_heads + head) * block + key % block) * width * size
+                widen(source, target + (place - first) * stride, half, width)
+            place += 1
+
+
+@njit
 def restart(state, sums, count, line):  # type: ignore[no-untyped-def]
     """Nothing seen yet: the largest score is hidden, sums are zero."""
     for index in range(count):
@@ -156,6 +205,8 @@ def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
     scale = splat(float_of(argument(arguments, 16)))
     # partial: 0, or where to put each query's segments, of which there are at most `segments`.
     segments, partial = argument(arguments, 17), argument(arguments, 18)
+    # trees: 0, or the ancestor bits of each row, `words` words each; tails: nodes of each request.
+    trees, words, tails = argument(arguments, 19), argument(arguments, 20), argument(arguments, 21)
     size = 4 - 2 * half
     group = heads // kv_heads
     # Rows of fp32 are padded to whole vectors.
@@ -167,7 +218,8 @@ def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
     states = whole_sums + tile * group * line
     whole_states = states + tile * group * 8
     weights = whole_states + tile * group * 8
-    copies = weights + 128
+    reaches = weights + 128
+    copies = reaches + 128
     for unit in range(begin, end):
         # Units are numbered request by request, tile by tile, head by head, segment by segment; those left
         # over are empty.
@@ -188,11 +240,22 @@ def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
         first = left * tile
         rows = min(tile, new - first)
         count = rows * group
-        # Row i of the tile sees keys up to `limit` + i, none of them before `lowest`.
-        limit = visible - new + first + 1
-        highest, lowest = limit + rows - 1, 0
+        # Row i of the tile sees keys before its reach, none before `lowest`. Rows from `chain` on are nodes of a
+        # tree, whose keys begin at `tail`: they reach as far as if their path had been appended alone.
+        limit, nodes = visible - new + first + 1, 0
+        if trees != 0:
+            nodes = load_i32(tails + 4 * request)
+        chain, tail = new - nodes - first, visible - nodes
+        highest, earliest = 0, limit
+        for row in range(rows):
+            reach = limit + row
+            if row >= chain:
+                reach = tail + length_of_path(trees + (start + first + row) * words * 4, nodes)
+            store_i32(reaches + 4 * row, reach)
+            highest, earliest = max(highest, reach), min(earliest, reach)
+        lowest = 0
         if window > 0:
-            lowest = max(0, limit - window)
+            lowest = max(0, earliest - window)
         if partial != 0:
             lowest = max(lowest, unit % segments * SEGMENT_KEYS)
             highest = min(highest, (unit % segments + 1) * SEGMENT_KEYS)
@@ -205,36 +268,52 @@ def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
         restart(whole_states, whole_sums, count, line)
         # Groups of 16 keys are read where they lie if that is as good as a copy: bf16 for few queries only.
         straight = aligned and (half == 0 or count <= STRAIGHT)
-        raw = half if straight else 0
-        pitch = width * size if straight else line
+        pitch = width * size
         for key in range(lowest // KEYS * KEYS, highest, KEYS):
             present = min(KEYS, highest - key)
-            if straight:
+            skipped = max(lowest - key, 0)
+            own = chain < rows and key + KEYS > tail  # each row sees keys of its own here
+            k0, v0 = copies, copies + KEYS * line
+            k1, v1 = k0 + 16 * line, v0 + 16 * line
+            apart, raw = line, 0
+            if straight and not own:
+                apart, raw = pitch, half
                 page = (load_i32(table + 4 * (key // block)) * kv_heads + head) * block + key % block
                 k0, v0 = k_pages + page * pitch, v_pages + page * pitch
                 k1, v1 = k0, v0
                 if present > 16:
                     page = (load_i32(table + 4 * ((key + 16) // block)) * kv_heads + head) * block + (key + 16) % block
                     k1, v1 = k_pages + page * pitch, v_pages + page * pitch
-            else:
-                k0, v0 = copies, copies + KEYS * line
-                k1, v1 = k0 + 16 * line, v0 + 16 * line
-                skipped = max(lowest - key, 0)
+            elif not own:
                 gathered(k_pages, table, head, kv_heads, block, width, half, key, skipped, present, k0)
                 gathered(v_pages, table, head, kv_heads, block, width, half, key, skipped, present, v0)
             for index in range(count):
-                high = limit + index // group
+                row = index // group
+                high = load_i32(reaches + 4 * row)
                 low = 0
                 if window > 0:
                     low = max(0, high - window)
                 if key < high and key + KEYS > low:
+                    if own and index % group == 0:
+                        if row >= chain:
+                            bits = trees + (start + first + row) * words * 4
+                            gathered_path(
+                                k_pages, table, head, kv_heads, block, width, half, key, skipped, tail, nodes, bits, k0
+                            )
+                            gathered_path(
+                                v_pages, table, head, kv_heads, block, width, half, key, skipped, tail, nodes, bits, v0
+                            )
+                        else:
+                            there = min(KEYS, high - key)
+                            gathered(k_pages, table, head, kv_heads, block, width, half, key, skipped, there, k0)
+                            gathered(v_pages, table, head, kv_heads, block, width, half, key, skipped, there, v0)
                     attend(
                         queries + index * line,
                         k0,
                         k1,
                         v0,
                         v1,
-                        pitch,
+                        apart,
                         low - key,
                         min(high - key, KEYS),
                         width,
@@ -268,8 +347,9 @@ def attention_tiles(arguments: int, scratch: int, begin: int, end: int) -> None:
 
 @njit
 def finish(state, sums, target, width, half):  # type: ignore[no-untyped-def]
-    """Sum of values by sum of weights."""
-    weights = splat(load_scalar(state + 4))
+    """Sum of values by sum of weights; zeros if no key was seen."""
+    summed = load_scalar(state + 4)
+    weights = splat(np.float32(1.0) if summed == np.float32(0.0) else summed)
     for at in range(0, width, 16):
         write(target + at * (4 - 2 * half), half, width - at, load_float(sums + 4 * at) / weights)
 
