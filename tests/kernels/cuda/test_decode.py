@@ -103,12 +103,8 @@ def test_trees(
 
 @pytest.mark.parametrize("plan", [(16, 3, 4, 2), (32, 2, 4, 1), (16, 2, 2, 3), (64, 2, 2, 1), (16, 4, 8, 1)])
 def test_every_layout_of_a_block(plan: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MEASURED", {128: decode.Narrow(128, *plan)})
-    decode._narrow.cache_clear()
-    try:
-        hold(attention_decode, short(128, torch.bfloat16, 4, 64))
-    finally:
-        decode._narrow.cache_clear()
+    monkeypatch.setitem(decode.PLANS, 128, decode.Narrow(128, *plan))
+    hold(attention_decode, short(128, torch.bfloat16, 4, 64))
 
 
 @pytest.mark.parametrize("rows", [1, 8, 40])

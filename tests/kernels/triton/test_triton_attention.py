@@ -35,8 +35,8 @@ def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.Monkey
     elif name != "as it comes":
         monkeypatch.setattr(kernels, "FEW_ROWS", 1 << 30)
     if name == "small pieces":
-        monkeypatch.setattr(kernels, "PROGRAMS_PER_SM", 16 if device == "cpu" else 64)
-        monkeypatch.setattr(kernels, "LEAST_KEYS", 16)
+        pieces = kernels.Pieces(16 if device == "cpu" else 64, 16)
+        monkeypatch.setattr(kernels, "PIECES", dict.fromkeys(kernels.PIECES, pieces))
         monkeypatch.setattr(kernels, "MERGED_AT_ONCE", 2)
     elif name == "fixed pieces":
         monkeypatch.setattr(kernels, "fixed_split_keys", 32 if device == "cpu" else 256)

@@ -29,8 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SPLIT", dict.fromkeys(kernels.SPLIT, Tile(16, 32, 4, 2)))
     monkeypatch.setattr(kernels, "FIXED", dict.fromkeys(kernels.FIXED, Tile(32, 32, 4, 2)))
     monkeypatch.setattr(kernels, "SPLIT_ROWS", 32)
-    monkeypatch.setattr(kernels, "PROGRAMS_PER_SM", 16)
-    monkeypatch.setattr(kernels, "LEAST_KEYS", 32)
+    monkeypatch.setattr(kernels, "PIECES", dict.fromkeys(kernels.PIECES, kernels.Pieces(16, 32)))
     monkeypatch.setattr(kernels, "MERGED_AT_ONCE", 2)
 
 

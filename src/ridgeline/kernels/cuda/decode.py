@@ -19,6 +19,7 @@ from ridgeline.core.errors import KernelRefused
 from ridgeline.kernels.cuda import decode_wide, split
 from ridgeline.kernels.cuda.instances import Defines, Instances
 from ridgeline.kernels.cuda.nvrtc import Kernel
+from ridgeline.kernels.tables import Shape, Tunable
 from ridgeline.ops.attention import Attended, attention
 from ridgeline.ops.attention_call import FEATURES, Call, Limits
 from ridgeline.ops.op import cuda
@@ -74,16 +75,12 @@ class Narrow:
         }
 
 
-MEASURED: dict[int, Narrow] = {}
-"""Plans that were measured, by head dim, for GPUs that have room for them."""
+HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
 @cache
-def _narrow(machine: split.Machine, head_dim: int) -> Narrow:
-    """What was measured; else two blocks of four warps where they fit, with as deep rings as there is room for."""
-    found = MEASURED.get(head_dim)
-    if found is not None and machine.holds(found.shared_bytes, found.blocks):
-        return found
+def _roomy(machine: split.Machine, head_dim: int) -> Narrow:
+    """Two blocks of four warps where they fit, with as deep rings as there is room for."""
     keys = 32 if head_dim == 64 else 16
     for blocks, warps, least in ((2, 4, 3), (1, 4, 2), (1, 2, 2)):
         for stages in range(6, least - 1, -1):
@@ -91,6 +88,26 @@ def _narrow(machine: split.Machine, head_dim: int) -> Narrow:
             if machine.holds(plan.shared_bytes, plan.blocks):
                 return plan
     raise KernelRefused(f"decode needs more shared memory than this GPU's {machine.block_bytes} bytes a block")
+
+
+PLANS = {head_dim: _roomy(decode_wide.H200, head_dim) for head_dim in HEAD_DIMS}
+"""By head dim, for GPUs that have room for them."""
+
+Tunable(
+    "decode",
+    "narrow",
+    PLANS,
+    {"keys": (16, 32, 64), "stages": (2, 3, 4, 5, 6), "warps": (2, 4, 8), "blocks": (1, 2, 3)},
+    shape=lambda head_dim: Shape(head_dim, item_bytes=2),
+    work="decode",
+    exists=lambda head_dim, plan: decode_wide.H200.holds(plan.shared_bytes, plan.blocks),
+)
+
+
+def _narrow(machine: split.Machine, head_dim: int) -> Narrow:
+    """The table's plan; on a GPU without room for it, what there is room for."""
+    found = PLANS[head_dim]
+    return found if machine.holds(found.shared_bytes, found.blocks) else _roomy(machine, head_dim)
 
 
 def _plan(machine: split.Machine, call: Call) -> Narrow | decode_wide.Wide:
@@ -125,7 +142,7 @@ LIMITS = Limits(
     "decode",
     need=cuda(80),
     dtypes=(torch.bfloat16, torch.float16),
-    head_dims=(64, 96, 128, 192, 256),
+    head_dims=HEAD_DIMS,
     features=frozenset(FEATURES),
     pages=range(16, 257, 16),
     more=_more,

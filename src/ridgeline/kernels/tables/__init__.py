@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,8 @@ class Tunable:
     """One table of a kernel of `attention`.
 
     kernel: the kernel's name. name: of the table. table: the module's own dictionary, whose entries are named
-    tuples; it is changed in place. axes: fields of an entry -> the values that may be tried; other fields stay.
+    tuples or frozen dataclasses; it is changed in place. axes: fields of an entry -> the values that may be tried;
+    other fields stay.
     exists(key, entry): whether the kernel can be compiled so (shared memory, registers, divisibility).
     shape(key): what an entry is for. work: one of WORKS. lengths: of the prompts (contexts in decode) that it is
     tried on, instead of the work's own. Making one enters it in TUNABLES.
@@ -65,7 +66,7 @@ class Tunable:
         assert self.work in WORKS, self.work
         assert self.id not in TUNABLES, f"there is a table {self.id} already"
         for key, entry in self.table.items():
-            assert set(self.axes) <= set(entry._fields), (self.id, key)
+            assert set(self.axes) <= set(values_of(entry)), (self.id, key)
         object.__setattr__(self, "defaults", dict(self.table))
         TUNABLES[self.id] = self
 
@@ -76,20 +77,17 @@ class Tunable:
     @property
     def edition(self) -> str:
         """A digest of what may be chosen: fields, axes and keys."""
-        fields = next(iter(self.table.values()))._fields
-        known = (
-            fields,
-            sorted((name, list(values)) for name, values in self.axes.items()),
-            sorted(map(str, self.table)),
-        )
-        return hashlib.sha256(repr(known).encode()).hexdigest()[:12]
+        fields = tuple(values_of(next(iter(self.defaults.values()))))
+        axes = sorted((name, list(values)) for name, values in self.axes.items())
+        keys = sorted(map(key_text, self.defaults))
+        return hashlib.sha256(repr((fields, axes, keys)).encode()).hexdigest()[:12]
 
     def candidates(self, key: Any) -> Iterator[Any]:
         """Every entry that the axes allow for a key and that exists; the present one first."""
         present = self.table[key]
         yield present
         for values in itertools.product(*self.axes.values()):
-            entry = present._replace(**dict(zip(self.axes, values)))
+            entry = changed(present, dict(zip(self.axes, values)))
             if entry != present and self.exists(key, entry):
                 yield entry
 
@@ -151,13 +149,23 @@ def write(file: Path, device: str, chosen: Mapping[str, Mapping[Any, Any]], how:
         tunable = TUNABLES[name]
         old = parts.get(name, {})
         known = old["entries"] if old.get("edition") == tunable.edition else {}
-        new = {key_text(key): entry._asdict() for key, entry in entries.items()}
+        new = {key_text(key): values_of(entry) for key, entry in entries.items()}
         parts[name] = {"edition": tunable.edition, "entries": {**known, **new}}
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"device": device, "made": dict(how), "tables": parts}
     temporary = file.with_suffix(".new")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)
+
+
+def values_of(entry: Any) -> dict[str, Any]:
+    """Fields and values of a table's entry."""
+    return asdict(entry) if is_dataclass(entry) and not isinstance(entry, type) else dict(entry._asdict())
+
+
+def changed(entry: Any, values: Mapping[str, Any]) -> Any:
+    """The entry with other values of some fields."""
+    return type(entry)(**{**values_of(entry), **values})
 
 
 def key_text(key: Any) -> str:
@@ -173,12 +181,12 @@ def key_of(text: str) -> Any:
 def entry_of(tunable: Tunable, key: Any, values: Mapping[str, Any]) -> Any:
     """The named tuple of a file's values; RidgelineError if the kernel has no such variant."""
     like = tunable.defaults.get(key)
-    if like is None or set(values) != set(like._fields):
+    if like is None or set(values) != set(values_of(like)):
         raise RidgelineError(f"table {tunable.id}: no entry {key_text(key)} of {', '.join(values)}")
     entry = type(like)(**{name: tuple(one) if isinstance(one, list) else one for name, one in values.items()})
     free = {name: values[name] for name in tunable.axes}
     allowed = all(getattr(entry, name) in (*tunable.axes[name], getattr(like, name)) for name in free)
-    fixed = all(getattr(entry, name) == getattr(like, name) for name in entry._fields if name not in tunable.axes)
+    fixed = all(getattr(entry, name) == value for name, value in values_of(like).items() if name not in tunable.axes)
     if not (entry == like or (allowed and fixed and tunable.exists(key, entry))):
         raise RidgelineError(f"table {tunable.id}: {entry} is no variant of the kernel for {key_text(key)}")
     return entry

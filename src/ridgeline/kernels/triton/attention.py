@@ -93,8 +93,16 @@ MIXED_ROWS = 32  # rows of a split tile beside the long kernel: single tokens an
 FEW_ROWS = 8  # rows a request, on average, up to which a batch is all the split kernel's
 SECTION_BYTES = 32 << 20  # keys and values that running programs should share in the L2 cache
 
-PROGRAMS_PER_SM = 6  # pieces that a full batch is cut into: about two run at once, so three waves even out
-LEAST_KEYS = 128  # a piece is not worth less
+
+class Pieces(NamedTuple):
+    """How keys are cut up: pieces a multiprocessor that a full batch makes, and keys that a piece is worth."""
+
+    programs: int
+    least_keys: int
+
+
+# By bytes an element. About two programs run at once, so three waves even out.
+PIECES = {2: Pieces(6, 128), 4: Pieces(6, 128)}
 MERGED_AT_ONCE = 16  # partial results a merge reads in one go
 
 fixed_split_keys: int | None = None
@@ -875,6 +883,10 @@ Tunable(
     "triton", "split", SPLIT, {"keys": (16, 32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4, 5)},
     lambda key: Shape(key[1], key[0]), "decode", _exists,
 )  # fmt: skip
+Tunable(
+    "triton", "pieces", PIECES, {"programs": (2, 3, 4, 6, 8, 12), "least_keys": (64, 128, 256, 512)},
+    lambda key: Shape(None, key), "decode",
+)  # fmt: skip
 
 
 def _raised(tile: Tile, rows: int) -> Tile:
@@ -951,7 +963,7 @@ def attention_triton(*args: Any, **kwargs: Any) -> Attended:
     """One to three launches, whose grids and workspace follow from shapes alone; `spans` is only checked.
 
     The workspace (fp32 partial results) is taken from torch's allocator on every call, so that a captured
-    graph owns it: (PROGRAMS_PER_SM * SMs / Hk + B) * Hk * tile rows * (D + 1) floats.
+    graph owns it: (PIECES.programs * SMs / Hk + B) * Hk * tile rows * (D + 1) floats.
     """
     call = LIMITS.require(*args, **kwargs)
     q = call.q
@@ -1082,7 +1094,8 @@ def _run_split(plan: _Plan, tile: Tile, limit: int, kept: int, fixed: int | None
     rows = tile.rows // plan.group
     one_tile = limit <= rows
     row_tiles = requests if one_tile else q.shape[0] // rows + requests
-    least = -(-LEAST_KEYS // tile.keys)
+    cut = PIECES[plan.call.q.element_size()]
+    least = -(-cut.least_keys // tile.keys)
     share = least if fixed is None else fixed
     if plan.call.block_tables is not None:
         most = -(-plan.call.block_tables.shape[1] * plan.page // (tile.keys * share))  # pieces that a table can name
@@ -1092,7 +1105,7 @@ def _run_split(plan: _Plan, tile: Tile, limit: int, kept: int, fixed: int | None
         count = most + requests if one_tile else most * row_tiles
     pieces = 1
     if fixed is None:
-        pieces = max(1, PROGRAMS_PER_SM * plan.machine.multiprocessors // plan.kv_heads)
+        pieces = max(1, cut.programs * plan.machine.multiprocessors // plan.kv_heads)
         count = min(pieces + row_tiles, count)
     # Without a second piece nobody writes a partial result.
     size = count * plan.kv_heads * kept if most > 1 else 1
