@@ -3,7 +3,7 @@
 // shares a page.
 //
 // One warp asks the copy engine for tiles of 64 keys and values, across the borders of items; each warpgroup has 64
-// rows of its own, whose queries, scores and sums stay in its registers, so that they share nothing but the tiles.
+// rows of its own, whose scores and sums stay in its registers, so that they share nothing but the tiles.
 // Partial sums of so many rows are too many for one block to add up: `add_pieces` follows as a second, dependent
 // launch with a warp a row.
 //
@@ -17,12 +17,11 @@
 
 constexpr int ROWS = 64 * WARPGROUPS;
 constexpr int TILE = 64;
-constexpr int THREADS = 128 * WARPGROUPS + (WARPGROUPS == 2 ? 128 : 32);  // two lend registers to each other
+constexpr int THREADS = 128 * WARPGROUPS + 32;
 constexpr int PANELS = (HEAD_DIM + 63) / 64;      // of 64 dims: 128 bytes a row
 constexpr int PANEL_BYTES = TILE * 128;
 constexpr int TILE_BYTES = PANELS * PANEL_BYTES;  // keys of a tile; as much again for values
-constexpr bool QUERY_SHARED = HEAD_DIM > 128;     // queries lie in shared memory: sums take the registers
-constexpr int QUERY_BYTES = QUERY_SHARED ? PANELS * 64 * 128 : 0;  // of a warpgroup
+constexpr int QUERY_BYTES = PANELS * 64 * 128;    // of a warpgroup
 constexpr int BOXES = 2 * PANELS * (TILE / BOX);
 
 // Queries of one warpgroup's rows into shared memory, as wgmma wants them; zeros where there is no row.
@@ -54,16 +53,6 @@ __device__ __forceinline__ void clear_values(const Cursor& at, char* values, int
   }
 }
 
-// score (64 x 64) += queries in registers (64 x 16), keys (64 x 16, K-major) in shared memory.
-__device__ __forceinline__ void multiply_scores(float (&d)[32], const u32 (&a)[4], u64 b, int more) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." RIDGELINE_OPERAND "." RIDGELINE_OPERAND
-      " {" RIDGELINE_NAMES_32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-      : RIDGELINE_D_32
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     decode_wide(CALL_PARAMETERS, const __grid_constant__ TensorMap key_map,
                 const __grid_constant__ TensorMap value_map) {
@@ -93,9 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (work.done()) return;
   __syncthreads();
 
-  if (warp >= 4 * WARPGROUPS) {
-    if (WARPGROUPS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-    if (warp > 4 * WARPGROUPS) return;
+  if (warp == 4 * WARPGROUPS) {
     // Lane l brings box l: of keys or values, a panel, a part of the tile.
     const int part = lane % (TILE / BOX), panel = lane / (TILE / BOX) % PANELS;
     const bool of_values = lane >= BOXES / 2;
@@ -126,7 +113,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     return;
   }
 
-  if (WARPGROUPS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
   const int squad = __shfl_sync(~0u, warp / 4, 0);  // so that the compiler sees that a warp's lanes agree
   const u64 query_operand = operand_k(shared_address(queries) + squad * QUERY_BYTES);
   const u64 first_key_operand = operand_k(shared_address(tiles));
@@ -136,25 +122,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (WARPGROUPS == 2 && squad == 1) named_arrive(3, 256);  // the first one begins
   for (; !work.done(); work.next<ROWS, TILE>(call)) {
     float peak[2] = {-INFINITY, -INFINITY}, total[2] = {}, sum[HEAD_DIM / 2] = {};
-    // The first operand: in shared memory, or rows lane / 4 (+ 8), dims 2 (lane % 4) and the next (+ 8).
-    u32 query[QUERY_SHARED ? 1 : HEAD_DIM / 16][4];
-    if constexpr (QUERY_SHARED) {
-      load_queries(call, work, queries + squad * QUERY_BYTES, squad);
-      proxy_fence();
-      named_sync(1 + squad, 128);
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = work.row_tile * ROWS + row_of_lane + 8 * half;
-        const bool live = row < work.rows * call.group;
-        const u16* from = work.query_at(call, live ? row : 0) + 2 * (lane % 4);
-#pragma unroll
-        for (int step = 0; step < HEAD_DIM / 16; ++step) {
-          query[step][half] = live ? *reinterpret_cast<const u32*>(from + 16 * step) : 0;
-          query[step][half + 2] = live ? *reinterpret_cast<const u32*>(from + 16 * step + 8) : 0;
-        }
-      }
-    }
+    load_queries(call, work, queries + squad * QUERY_BYTES, squad);
+    proxy_fence();
+    named_sync(1 + squad, 128);
 
     // Scores of one tile, then weights; the products with values follow one step behind, so that the tensor cores have
     // them to do while weights are worked out, and warpgroups take turns at them (FlashAttention-3's two overlaps).
@@ -165,10 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int step = 0; step < HEAD_DIM / 16; ++step) {  // descriptors count in 16 bytes
         const u64 keys = first_key_operand + (at * 2 * TILE_BYTES + step / 4 * PANEL_BYTES + step % 4 * 32) / 16;
-        if constexpr (QUERY_SHARED)
-          Wgmma<TILE>::ss(score, query_operand + (step / 4 * (64 * 128) + step % 4 * 32) / 16, keys, step > 0);
-        else
-          multiply_scores(score, query[step], keys, step > 0);
+        Wgmma<TILE>::ss(score, query_operand + (step / 4 * (64 * 128) + step % 4 * 32) / 16, keys, step > 0);
       }
       wgmma_commit();
     };

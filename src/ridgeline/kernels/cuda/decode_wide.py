@@ -42,13 +42,12 @@ class Wide:
 
     @property
     def threads(self) -> int:
-        return 384 if self.warpgroups == 2 else 160
+        return 128 * self.warpgroups + 32
 
     @property
     def shared_bytes(self) -> int:
         panels = -(-self.head_dim // PANEL)
-        queries = self.rows if self.head_dim > 128 else 0
-        return panels * 128 * (queries + self.stages * 2 * self.tile) + 1024  # 1024: to align it
+        return panels * 128 * (self.rows + self.stages * 2 * self.tile) + 1024  # 1024: to align it
 
     def defines(self) -> Defines:
         return {
@@ -117,4 +116,5 @@ INSTANCES = Instances(
     {"HALF": (0, 1), "HEAD_DIM": (64, 96, 128, 192, 256), "rows": (64, 128), "page": (0, 16, 32, 64)},
     defines=_defines,
     exists=lambda choice: choice["rows"] == 64 or int(choice["HEAD_DIM"]) <= 128,
+    spill_bytes=lambda choice: 64,
 )
