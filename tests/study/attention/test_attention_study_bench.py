@@ -293,3 +293,46 @@ def test_standard_bound_at_once_is_standard(page: int | None) -> None:
         out = contestants.Contestant("standard", kernel=kernel).rows(case, rungs.bound(kernel, case, call)())
         torch.testing.assert_close(out, kernel.call(**call._asdict()), atol=1e-6, rtol=1e-5)
         assert bench.tensors.error_of(case, call, out)[0] < 1e-5
+
+
+GPU = Choice(batches=(1, 4), sequences=(64,), heads=8, head_dims=(64,))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_graphs_and_without() -> None:
+    for settings in (Settings(rounds=3), Settings(rounds=3, graph=False)):
+        result = bench.run("report", GPU, settings, ["standard", "v2", "triton"], ["fa2", "math"])
+        assert not report.wrong(result)
+        for cell in result["cells"]:
+            assert cell["clocks"]["before"]["clocks.sm"].endswith("MHz")
+            assert all(one["graph"] == settings.graph and one["seconds"][0] > 0 for one in cell["results"].values())
+            assert cell["copies"] * cell["case"]["floor_bytes"] >= 4 * result["device"]["l2_bytes"]
+    decode = bench.run("decode", Choice(batches=(1,), sequences=(512,)), Settings(rounds=3), ["decode"], ["fa2"])
+    one = decode["cells"][0]["results"]["decode"]
+    assert one["calls"] >= 64
+    assert one["eager_seconds"][0] > 0
+
+
+@pytest.mark.gpu
+def test_counters_on_a_gpu() -> None:
+    """Bytes at L2 are those of the count, and a rung that waits for the host says so."""
+    try:
+        counters.profiler()
+    except KernelRefused as error:
+        pytest.skip(str(error))
+    choice = Choice(batches=(16,), sequences=(512,), heads=16, head_dims=(64,), causal=False)
+    result = bench.run("sweep", choice, Settings(rounds=1, counters=True), ["v2", "blocked"], ["none"])
+    assert not report.wrong(result)
+    (cell,) = result["cells"]
+    assert "no graph can hold it" in cell["results"]["blocked"]["refused"]
+    one = cell["results"]["v2"]
+    assert one["measured"]["kernels"] == 1
+    assert one["measured"]["l2_bytes"] == pytest.approx(one["counted"]["bytes"], rel=0.15)
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu() -> None:
+    choice = Choice(sequences=(512, 1024), heads=8, head_dims=(64,))
+    result = bench.run("memory", choice, Settings(), ["standard", "v2"], ["none"])
+    assert report.exponent(result, "standard") == pytest.approx(2, abs=0.2)
+    assert report.exponent(result, "v2") == pytest.approx(1, abs=0.1)
