@@ -136,3 +136,19 @@ def test_every_declared_default_is_right_in_itself_and_shipped_tables_are_of_thi
     finally:
         for name, table in before.items():
             tables.TUNABLES[name].table.update(table)
+
+
+def test_a_table_that_does_not_count_is_told_once(
+    tunable: Tunable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ridgeline.kernels import select
+
+    file = tables.kept_file(DEVICE)
+    tables.write(file, DEVICE, {"mine/long": {(2, 64): Tile(256, (40, 232))}}, {})
+    file.write_text(file.read_text().replace(tunable.edition, "older"))
+    select._settle.cache_clear()
+    for _ in range(2):
+        select._settle(DEVICE)
+    (told,) = caplog.messages
+    assert told.startswith("table mine/long is not used")
+    select._settle.cache_clear()

@@ -12,9 +12,11 @@ work: rungs of a ladder. Any rung can be asked for by its name, those that are t
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from ridgeline.core.errors import KernelRefused
 from ridgeline.kernels import tables
 from ridgeline.ops import REGISTRY, Op, Ops
 from ridgeline.ops.op import Kernel
+
+logger = logging.getLogger("ridgeline")
 
 ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "torch"), "meta": ()}
 FOLDERS = {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda"), "meta": ()}
@@ -87,7 +91,14 @@ def load_kernels(device: str) -> None:
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
     if device == "cuda" and torch.cuda.is_available():
-        tables.settle(torch.cuda.get_device_name())
+        _settle(torch.cuda.get_device_name())
+
+
+@cache
+def _settle(device: str) -> None:
+    """Once a process; a table that does not count any more is told."""
+    for name, why in tables.settle(device).passed_over.items():
+        logger.warning("table %s is not used: %s", name, why)
 
 
 def select(
