@@ -163,7 +163,7 @@ def latency(
     out: Out = None,
     as_json: options.Json = False,
 ) -> None:
-    """Time whole-model inference with each rung of attention, by batch: what the seed report set out to measure."""
+    """Time whole-model inference with each rung of attention, by batch: what the EE451 report set out to measure."""
     from ridgeline.study import latency as study
 
     writable(out)

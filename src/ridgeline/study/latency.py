@@ -2,7 +2,7 @@
 
 Knows LLM, step records and random prompts. It must not know kernels: a rung is a value of attention_backend.
 
-The seed report claims to have measured "average runtime for LLM inference" at batch 1, 4, 16 and 64 and sequence 64,
+The EE451 report claims to have measured "average runtime for LLM inference" at batch 1, 4, 16 and 64 and sequence 64,
 on Llama-2-7B. So the default is that shape with random weights: a batch of prompts of 64 tokens is prefilled in one
 step, then a few tokens are decoded. All rungs live in one process and take turns, if memory holds their weights
 beside one another; else one after the other, which the result says ("alternating").

@@ -1,4 +1,4 @@
-// FlashAttention's Algorithm 1 (Dao et al. 2022, 2205.14135), kept as the paper and the seed report have it.
+// FlashAttention's Algorithm 1 (Dao et al. 2022, 2205.14135), kept as the paper and the EE451 report have it.
 //
 // A block takes one request and one head: nothing else is spread over the GPU. Outside go blocks of BC keys and
 // values, inside blocks of BR queries; O, l and m of every row are carried through memory from one block of keys to

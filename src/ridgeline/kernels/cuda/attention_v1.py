@@ -1,4 +1,4 @@
-"""`attention` as FlashAttention's Algorithm 1 (attention_v1.cu): the seed report's system, kept to be measured.
+"""`attention` as FlashAttention's Algorithm 1 (attention_v1.cu): the EE451 report's system, kept to be measured.
 
 Knows the paper's block sizes and the launch. It must not know other kernels of the op. It does what the paper does
 (full and causal attention over contiguous keys) and refuses the rest by name. `python -m

@@ -1,4 +1,4 @@
-"""`attention` as Algorithm 0, which the seed report calls standard: scores and probabilities written to memory.
+"""`attention` as Algorithm 0, which the EE451 report calls standard: scores and probabilities written to memory.
 
 Knows every feature of the op, in plain PyTorch. It must not know how to be fast: three products and passes over
 [heads, rows, keys] matrices of the tensors' own dtype are what FlashAttention is measured against. Requests of

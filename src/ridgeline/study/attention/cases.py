@@ -1,4 +1,4 @@
-"""Which attentions are measured: the seed report's, the FlashAttention papers' sweep, decode, memory by length.
+"""Which attentions are measured: the EE451 report's, the FlashAttention papers' sweep, decode, memory by length.
 
 Knows shapes and how many operations and bytes they are. It must not know tensors, kernels or clocks.
 """
