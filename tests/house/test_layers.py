@@ -48,6 +48,7 @@ PACKAGES = {
     "tqdm": {"cli", "llm"},
     "transformers": {"study.profile"},
     "matplotlib": {"study"},
+    "fastapi": {"server"},
     "flashinfer": {"study"},  # a peer that is measured where it is there; no dependency
 }
 """Third-party package -> folders (or single modules) that may import it. Any other package: nowhere."""
