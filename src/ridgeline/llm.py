@@ -5,7 +5,6 @@ Knows the engine, intake and delivery, by their contracts. It must not know devi
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -26,12 +25,11 @@ from ridgeline.models.checkpoint import locate
 from ridgeline.schedule import Event
 from ridgeline.text.chat import ChatTemplate
 from ridgeline.text.delivery import Delivery
+from ridgeline.text.generation import default_params, end_ids, generation_config
 from ridgeline.text.intake import Intake, Prompt
 from ridgeline.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("ridgeline")
-
-GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +80,9 @@ class LLM:
             raise CheckpointError(f"{source}: no such tokenizer directory")
         self.tokenizer: Tokenizer | None = load_tokenizer(source)
         self._template = None if self.tokenizer is None else ChatTemplate.of(self.tokenizer)
-        generation = _generation_config(directory)
-        self._defaults = _default_params(generation, directory)
-        also_ends = _end_ids(generation, directory)
+        generation = generation_config(directory)
+        self._defaults = default_params(generation, directory)
+        also_ends = end_ids(generation, directory)
         with _LoadingBar() as bar:
             self._built = build(replace(config, model=str(where)), bar.show, bar.compiling, bar.capturing)
         resolved, spec = self._built.config, self._built.spec
@@ -354,41 +352,6 @@ def _refused(request_id: str, prompt: Any, error: RidgelineError) -> RequestOutp
     completion = CompletionOutput(0, "", [], finish_reason=str(FinishReason.ERROR), stop_reason=str(error))
     text = prompt if isinstance(prompt, str) else None
     return RequestOutput(request_id, text, [], [completion], finished=True, error=error)
-
-
-def _generation_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint's generation_config.json, or nothing if it has none."""
-    file = directory / "generation_config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: must hold a JSON object")
-    return values
-
-
-def _default_params(generation: Mapping[str, Any], directory: Path) -> SamplingParams:
-    """SamplingParams() with the checkpoint's recommendations."""
-    given = {name: generation[name] for name in GENERATION_FIELDS if generation.get(name) is not None}
-    if generation.get("do_sample") is False:
-        given["temperature"] = 0.0
-    try:
-        return SamplingParams(**given)
-    except InvalidArgument as error:
-        raise CheckpointError(f"{directory / 'generation_config.json'}: {error}") from None
-
-
-def _end_ids(generation: Mapping[str, Any], directory: Path) -> list[int]:
-    """The ends of sequence that generation_config.json names beside those of config.json."""
-    value = generation.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
-        file = directory / "generation_config.json"
-        raise CheckpointError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
-    return ids
 
 
 class _LoadingBar:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ridgeline import __version__
-from ridgeline.cli import bench, bench_serving, calibrate, explain, generate, kernels, plan, price, profile, simulate
+from ridgeline.cli import bench, bench_serving, calibrate, explain, generate, kernels, plan, price, profile, serve, simulate
 from ridgeline.core.errors import RidgelineError
 
 application = typer.Typer(
@@ -31,6 +31,7 @@ application.command("explain")(explain.command)
 application.command("plan")(plan.command)
 application.command("price")(price.command)
 application.command("profile")(profile.command)
+application.command("serve")(serve.command)
 application.command("simulate")(simulate.command)
 
 

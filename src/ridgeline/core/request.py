@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from ridgeline.core.errors import InvalidArgument
 
@@ -176,6 +176,18 @@ class Logprob:
     decoded_token: str | None = None
 
 
+class Constraint(Protocol):
+    """What a grammar says of a request's next token. Its state advances with committed tokens only."""
+
+    def mask(self) -> bytes:
+        """A bit for each token id, lowest first, set if it may come next. One bit at least is set."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """A token was appended. True if nothing can follow: the output is complete."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence on its way: its tokens, and how many of them have keys and values in the cache.
@@ -189,6 +201,7 @@ class Request:
     eos_ids: the model's ends of sequence (none if ignored); stop_ids: ids that the user ends at.
     bad_word_ids: token sequences never to be completed.
     leader: another request whose prompt blocks this one will share (the first of n samples), or None.
+    grammar: what the output must be, or None.
     scheduled_s: when the first step that it is in began; None before.
     computed: leading tokens that steps have computed and whose results are in. planned: the same and what
         steps under way compute; equal to computed when there are none.
@@ -209,6 +222,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     leader: Request | None = None
+    grammar: Constraint | None = None
     computed: int = 0
     planned: int = 0
     unread: int = 0

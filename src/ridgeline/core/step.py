@@ -24,6 +24,7 @@ class Sampling(NamedTuple):
         chunk ends with an UNREAD one, which will be appended.
     forbidden: ids that must not be chosen at this very position (bad words about to complete,
         end tokens before min_tokens).
+    allowed: a bit for each token id, lowest first: only those set may be chosen. None: no grammar asks.
     """
 
     params: SamplingParams
@@ -32,6 +33,7 @@ class Sampling(NamedTuple):
     tokens: Sequence[int]
     prompt_len: int
     forbidden: tuple[int, ...] = ()
+    allowed: bytes | None = None
 
 
 class Chunk(NamedTuple):

@@ -70,6 +70,7 @@ class Built:
     table: Table
     price: Price
     runner: Runner
+    tokenizer_directory: Path | None = None
 
     def lines(self) -> list[str]:
         """What was decided and why, and the memory ledger: for a log."""
@@ -378,6 +379,7 @@ def _trace(price: Price, work: str, resolved: Resolved, ops: Ops) -> None:
     floats, longs = empty(rows, dtype=torch.float32), empty(rows)
     ops.feed(longs, longs, longs, price.model.spec.vocabulary)
     ops.adjust(logits, longs, longs, floats, floats, floats, floats, floats, longs, longs, floats)
+    ops.restrict(logits, empty(rows, -(-price.model.spec.vocabulary // 32), dtype=torch.int32))
     ops.score(logits, longs, 1)
     ops.kv_move(price.pages, empty(1), empty(1))
 

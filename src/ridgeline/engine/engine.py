@@ -37,7 +37,8 @@ class Engine:
 
     predict(plan) -> seconds, if given, is asked before each step and lands in its record. Listeners
     get every StepRecord. overlap: read a step's results only when the next one has been dispatched; tokens
-    are the same, each comes one call of `step` later.
+    are the same, each comes one call of `step` later. retreats: requests of a step that fails wait again,
+    instead of ending with it.
     """
 
     def __init__(
@@ -47,12 +48,16 @@ class Engine:
         clock: Clock,
         predict: Callable[[StepPlan], float] | None = None,
         overlap: bool = False,
+        retreats: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.clock = clock
         self.predict = predict
         self.overlap = overlap
+        self.retreats = retreats
+        self.failed: tuple[str, ...] = ()
+        """Requests of the step that failed last."""
         self.listeners: list[Callable[[StepRecord], None]] = []
         self._flights: deque[_Flight] = deque()  # at most one between two steps
         self._events: list[Event] = []
@@ -83,8 +88,8 @@ class Engine:
         """Run one step and return what the steps that were read have brought.
 
         Empty if there was nothing to run, or if the step is under way and nothing was before it.
-        If the executor raises, the requests of the step have ended (what it wrote of them is unknown) and
-        their blocks are back; the error goes on to the caller. Events of a step read before it in the same
+        If the executor raises, the requests of the step have ended (what it wrote of them is unknown), or with
+        `retreats` all who ran wait again; their blocks are back, and the error goes on to the caller. Events of a step read before it in the same
         call come with the next call.
         """
         start = self.clock.now()
@@ -108,7 +113,7 @@ class Engine:
         try:
             handle = self.executor.run(plan)
         except BaseException:
-            self.scheduler.give_up(plan)
+            self._fail(plan)
             raise
         self._flights.append(_Flight(plan, handle, start_s, self.clock.now(), predicted_s, preempted))
 
@@ -117,12 +122,20 @@ class Engine:
         try:
             result = flight.handle.result()
         except BaseException:
-            self.scheduler.give_up(flight.plan)
+            self._fail(flight.plan)
             raise
         read_s = self.clock.now()
         self._events += self.scheduler.commit(flight.plan, result)
         if self.listeners:
             self._record(flight, result, read_s)
+
+    def _fail(self, plan: StepPlan) -> None:
+        self.failed = tuple(chunk.request_id for chunk in plan.chunks)
+        if not self.retreats:
+            self.scheduler.give_up(plan)
+            return
+        self._flights.clear()
+        self.scheduler.retreat()
 
     def _let_go(self) -> None:
         """A step under way whose requests have all ended is not waited for, and leaves no record."""

@@ -30,7 +30,7 @@ class SampleInputs:
 
     Host part. greedy: every row is; cut: some row uses top-k, top-p or min-p; alternatives: most
     log-probabilities that a row reports, None if none does; penalties: None if no row has any.
-    Device part: [S] each.
+    Device part: [S] each; allowed: [S, words] int32, the ids that grammars allow, None if no row has one.
     """
 
     count: int
@@ -44,6 +44,7 @@ class SampleInputs:
     min_p: torch.Tensor
     seeds: torch.Tensor
     positions: torch.Tensor
+    allowed: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -199,7 +200,20 @@ def sample_inputs(settings: Sequence[Sampling], device: torch.device) -> SampleI
         min_p=min_p,
         seeds=seeds,
         positions=positions,
+        allowed=_allowed(settings, device),
     )
+
+
+def _allowed(settings: Sequence[Sampling], device: torch.device) -> torch.Tensor | None:
+    """Bitmasks of the rows that have a grammar, all ones for the others; None if no row has one."""
+    widest = max((len(one.allowed) for one in settings if one.allowed is not None), default=0)
+    if not widest:
+        return None
+    words = np.full((len(settings), -(-widest // 4)), -1, dtype=np.int32)
+    for row, one in enumerate(settings):
+        if one.allowed is not None:
+            words[row] = np.frombuffer(one.allowed, dtype=np.int32)
+    return send(words, device)
 
 
 def cuts(params: SamplingParams) -> bool:
@@ -214,6 +228,8 @@ def penalizes(params: SamplingParams) -> bool:
 
 def adjusts(sampling: Sampling) -> bool:
     """Whether logits are changed before a token is chosen from them."""
+    if sampling.allowed is not None:
+        return True
     return bool(sampling.params.logit_bias or sampling.forbidden or penalizes(sampling.params))
 
 

@@ -243,6 +243,8 @@ def choose(logits: torch.Tensor, inputs: SampleInputs, ops: Ops) -> torch.Tensor
     """The next token of each row, [S] int64, after penalties and biases."""
     if inputs.penalties is not None:
         logits = ops.adjust(logits, *inputs.penalties.arguments)
+    if inputs.allowed is not None:
+        logits = ops.restrict(logits, inputs.allowed)
     return ops.sample(
         logits,
         inputs.temperature,

@@ -523,6 +523,31 @@ class Scheduler:
                 self._leave(request)
         self._settle()
 
+    def retreat(self) -> None:
+        """A step failed: forget every step under way. All who ran wait again and compute their tokens anew.
+
+        Nothing that was read is lost; what was sampled and not read yet is sampled again, to the same tokens.
+        """
+        self._under_way.clear()
+        while self._reclaim():
+            pass  # the copies that a waiting sample's blocks need may not have been made
+        for request in [*self._running][::-1]:
+            request.unread = 0
+            self._preempt(request, [])
+        for request in self._queue:
+            request.unread = 0  # preempted while a token of it was under way
+        self._settle()
+
+    def withdraw(self, request_id: str) -> Request | None:
+        """Take a waiting request out as if it had never been added; `add` lets it go on. None if it does not wait."""
+        request = self._queue.get(request_id)
+        if request is not None:
+            if self.cache.holds(request_id):
+                self.cache.vacate(request_id)
+            self._leave(request)
+            request.computed = request.planned = 0
+        return request
+
     def _take_scores(self, chunk: Chunk, scores: Sequence[TokenScore]) -> Sequence[TokenScore]:
         """Those scores of a chunk that were not reported before (it may be a recompute)."""
         before = self._unscored[chunk.request_id]
@@ -541,6 +566,8 @@ class Scheduler:
             request.stop_reason = None if token in request.eos_ids else token
         elif output >= request.max_tokens or length >= self.max_model_len:
             request.finish = FinishReason.LENGTH
+        if request.grammar is not None and request.grammar.accept(token) and request.finish is not FinishReason.STOP:
+            request.finish = FinishReason.STOP
         return request.finish
 
 
@@ -559,14 +586,19 @@ def _sampling(request: Request, length: int) -> Sampling:
     forbidden: tuple[int, ...] = ()
     if request.bad_word_ids or length - request.prompt_len < params.min_tokens:
         forbidden = _forbidden(request, length - request.prompt_len)
-    return Sampling(params, request.seed, length, request.tokens, request.prompt_len, forbidden)
+    allowed = None if request.grammar is None else request.grammar.mask()
+    return Sampling(params, request.seed, length, request.tokens, request.prompt_len, forbidden, allowed)
 
 
 def _needs_values(request: Request) -> bool:
     """Whether the choice of a token looks at the values of those before it, on the host."""
     params = request.params
     return bool(
-        request.bad_word_ids or params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+        request.grammar is not None
+        or request.bad_word_ids
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1
     )
 
 

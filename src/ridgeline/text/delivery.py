@@ -104,6 +104,10 @@ class Delivery:
                 one.told_parts, one.told_end = len(one.text), ended
                 yield index, text, ids
 
+    def untold_characters(self) -> int:
+        """How much text the next `news` will bring."""
+        return sum(len(part) for one in self._completions.values() for part in one.text[one.told_parts :])
+
     def scheduled(self, request: Request) -> None:
         """The first news of a request: when it came, when it first ran, and what the cache had of it."""
         if self.metrics.first_scheduled_s is None:

@@ -1,0 +1,147 @@
+"""A server in processes of its own, as users run it, for tests to talk to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+CANARY = {"model": "ridgeline", "prompt": "def add(a, b):", "max_tokens": 12, "temperature": 0}
+START_S = 60.0
+
+
+class Served:
+    """`ridgeline serve` with these options; ready when made."""
+
+    def __init__(self, *options: str, faults: bool = True, environment: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "ridgeline.cli.main", "serve", "--port", "0", *options]
+        if faults:
+            command.append("--allow-faults")
+        self.process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        )
+        self.log: list[str] = []
+        self._listening = threading.Event()
+        self.port = 0
+        threading.Thread(target=self._read, daemon=True).start()
+        if not self._listening.wait(START_S):
+            self.kill()
+            raise AssertionError("no port: " + "".join(self.log))
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for raw in self.process.stderr:
+            line = raw.decode("utf-8", "replace")
+            self.log.append(line)
+            if '"message": "listening"' in line:
+                self.port = json.loads(line)["port"]
+                self._listening.set()
+        self._listening.set()
+
+    def wait_ready(self, seconds: float = START_S, **headers: str) -> float:
+        """Seconds until /ready was 200."""
+        began = time.monotonic()
+        while time.monotonic() - began < seconds:
+            with contextlib.suppress(httpx.TransportError):
+                if self.client.get("/ready").status_code == 200:
+                    return time.monotonic() - began
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError("not ready: " + "".join(self.log[-20:]))
+
+    def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
+        if body is not None:
+            more["json"] = body
+        return self.client.post(path, **more)
+
+    def raw(self, data: bytes, seconds: float = 10.0) -> bytes:
+        """What the server answers to these bytes, until it closes or says nothing for long."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as link:
+            with contextlib.suppress(OSError):
+                link.sendall(data)
+            received = b""
+            with contextlib.suppress(OSError):
+                while part := link.recv(65536):
+                    received += part
+        return received
+
+    def info(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.client.get("/server_info").json()
+        return found
+
+    def canary(self) -> str:
+        """Greedy text of a fixed prompt."""
+        answer = self.post("/v1/completions", CANARY)
+        assert answer.status_code == 200, answer.text
+        text: str = answer.json()["choices"][0]["text"]
+        return text
+
+    def settled(self, seconds: float = 5.0) -> None:
+        """Nothing is left behind: no request, no block held, no place taken."""
+        limit = time.monotonic() + seconds
+        while True:
+            info = self.info()
+            engine = info["engine"]
+            if not engine["requests"] and not engine["referenced_blocks"] and not info["admitted"]:
+                return
+            assert time.monotonic() < limit, info
+            time.sleep(0.05)
+
+    def fault(self, kind: str, value: int = 0) -> None:
+        assert self.post(f"/debug/fault?kind={kind}&value={value}").status_code == 200
+
+    def stop(self, seconds: float = 20.0) -> int:
+        """SIGTERM; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        self.client.close() if hasattr(self, "client") else None
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def served(*options: str, ready: bool = True, **more: Any) -> Iterator[Served]:
+    server = Served(*options, **more)
+    try:
+        if ready:
+            server.wait_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The JSON events of a stream, which must end as streams end."""
+    lines = [line for line in text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def children(pid: int) -> list[int]:
+    """Processes below one (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
