@@ -20,7 +20,8 @@ CARD = Card(
     body=Line(((1, 1.0), (8, 1.7), (16, 3.3))),
     head=Line(((1, 0.5), (4, 0.8))),
     decode=Grid((1, 4), (10, 100), ((0.1, 1.0), (0.4, 4.0))),
-    prefill=Grid((8, 16), (16, 32), ((0.2, 0.4), (0.4, 0.8))),
+    prefill=Grid((8, 16), (0, 32), ((0.2, 0.4), (0.8, 1.6)), power=True),
+    longest=100,
     step_s=0.01,
     request_s=0.001,
     ops_scale=1.0,
@@ -36,6 +37,9 @@ def test_lines_and_grids_between_and_beyond() -> None:
     assert CARD.decode(1, 55) == pytest.approx(0.55)
     assert CARD.decode(2.5, 55) == pytest.approx(1.375)
     assert CARD.decode(4, 190) == pytest.approx(7.6)
+    assert CARD.prefill(12, 0) == pytest.approx(0.2 * (12 / 8) ** 2)  # twice the tokens took four times as long
+    assert CARD.prefill(32, 32) == pytest.approx(1.6 * 4)
+    assert Line(((1, 0.0), (2, 4.0))).power(1.5) == pytest.approx(2.0)
 
 
 def test_a_step_is_the_sum_of_its_parts() -> None:
@@ -44,7 +48,7 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
     assert CARD.device_s(decode, 2) == pytest.approx(parts)
     assert CARD.host_s(decode) == pytest.approx(0.024)
     mixed = Spans((1, 12), (40, 24))
-    parts = 0.012 + CARD.body(13) + CARD.head(1) + CARD.decode(1, 40) + CARD.prefill(12, 24) - 0.2
+    parts = 0.012 + CARD.body(13) + CARD.head(1) + CARD.decode(1, 40) + CARD.prefill(12, 12) - 0.2
     assert CARD.device_s(mixed, 1) == pytest.approx(parts)
     assert replace(CARD, ops_scale=2.0).device_s(mixed, 1) == pytest.approx(2 * parts - 0.012)
 
@@ -54,6 +58,15 @@ def test_what_was_measured_is_known() -> None:
     assert not CARD.covers(Spans((1,) * 5, (10,) * 5))
     assert not CARD.covers(Spans((1,), (101,)))
     assert not CARD.covers(Spans((17,), (17,)))
+    within, beyond = Spans((1,), (100,)), Spans((1,), (150,))
+    assert (CARD.error(within), CARD.error(beyond)) == (0.05, pytest.approx(0.075))
+
+
+def test_a_card_of_something_else_is_refused() -> None:
+    CARD.check("a model", "float32")
+    for other in (("another model", "float32"), ("a model", "bfloat16")):
+        with pytest.raises(InvalidArgument, match=r"is of a model in float32, not of"):
+            CARD.check(*other)
 
 
 def test_a_card_survives_its_file(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def test_a_whole_card(tiny: Path) -> None:
     assert card.decode.rows == (1.0,)
     assert card.decode.columns[-1] == longest
     assert card.prefill.rows == (8.0, 32.0)
+    assert card.prefill.columns[0] == 0
+    assert card.longest == longest
     assert card.body(32) > 0
     assert card.device_s(Spans((1,), (16,)), 1) > 0
     assert card.residual >= 0

@@ -141,7 +141,7 @@ def test_capacity_is_the_knee() -> None:
     """Steps of at least 11 ms: within a TTFT of 200 ms the rate must lie below saturation, and just below it."""
     jobs = equal(200, 16, 16)
     found = capacity(jobs, SETTING, flat, {"ttft": 0.2})
-    meets = {rate: met >= 0.99 for rate, met in found.tried}
+    meets = {one.rate_per_s: one.share >= 0.99 for one in found.tried}
     assert meets[found.rate_per_s]
     assert all(not met for rate, met in meets.items() if rate > found.rate_per_s * 1.001)
     full = simulate(jobs, SETTING, flat).report.request_rate

@@ -16,7 +16,10 @@ from ridgeline.cli import options
 from ridgeline.cli.figures import milliseconds
 
 if TYPE_CHECKING:
-    from ridgeline.study.explain import Explained
+    from ridgeline.study.explain import Explained, Predicted
+
+LARGEST = 3
+"""Ops in the short table."""
 
 
 def command(
@@ -30,18 +33,24 @@ def command(
     output_len: Annotated[int, typer.Option(help="Output tokens of a request.")] = 64,
     rounds: Annotated[int, typer.Option(help="Runs of the workload, watched and unwatched.")] = 3,
     max_model_len: options.MaxModelLen = None,
+    card: options.CardFile = None,
+    plot: options.Plot = None,
     as_json: options.Json = False,
 ) -> None:
-    """Run a workload and split the time of its steps: floor, kernels by op, gaps, host; with advice."""
+    """Run a workload and split the time of its steps: floor, kernels by op, gaps, host, padding; with advice."""
     from ridgeline.cli.progress import bar
     from ridgeline.core.errors import InvalidArgument
     from ridgeline.llm import LLM
+    from ridgeline.perf.card import load_card
+    from ridgeline.study import pictures
     from ridgeline.study.explain import explain
     from ridgeline.workload.arrivals import equal
 
     for name, value in (("batch", batch), ("prompt_len", prompt_len), ("output_len", output_len), ("rounds", rounds)):
         if value < 1:
             raise InvalidArgument(name, f"must be at least 1, not {value}")
+    pictures.checked(plot)
+    measured = load_card(card) if card else None
     settings = options.engine_settings(
         dtype=dtype, device=device, kernels=kernels, load_format=load_format, max_model_len=max_model_len
     )
@@ -52,14 +61,21 @@ def command(
                 f"{prompt_len} + {output_len} tokens are beyond max_model_len {llm.built.config.max_model_len}",
             )
         with bar("explaining", shown=not as_json, unit="run") as progress:
-            steps = explain(llm.built, equal(batch, prompt_len, output_len), rounds=rounds, progress=progress)
+            steps = explain(
+                llm.built, equal(batch, prompt_len, output_len), rounds=rounds, progress=progress, card=measured
+            )
         where = f"{llm.built.directory.name}, {llm.built.config.dtype}, {llm.built.config.device}"
+    if plot is not None:
+        title = f"{where}: {batch} × ({prompt_len} + {output_len}) tokens"
+        pictures.save(pictures.explained(steps, title), plot)
     if as_json:
         print(json.dumps({"engine": where, "batch": batch, "steps": [one.as_dict() for one in steps]}))
         return
     console = Console()
     for one in steps:
         console.print(table(one, where))
+        if one.predicted is not None:
+            console.print(card_line(one.predicted), style="yellow" if one.predicted.beyond else "dim", highlight=False)
         for number, sentence in enumerate(one.advice, start=1):
             console.print(f"{number}. {sentence}", highlight=False)
 
@@ -69,18 +85,72 @@ def table(step: Explained, where: str) -> Table:
     title = (
         f"{where}: a {step.kind} step of {step.tokens:.0f} tokens, {milliseconds(step.step_s)} (mean of {step.steps})"
     )
-    shown = Table("", "ms", "of the step", "at the limit, ms", "of the limit", title=title)
+    said = step.predicted
+    columns = ["", "ms", "of step", "limit, ms", "of limit"]
+    shown = Table(*columns, *(() if said is None else ("card, ms", "off by")), title=title)
 
-    def row(name: str, seconds: float, floor: float | None = None) -> None:
+    def row(name: str, seconds: float, floor: float | None = None, card: float | None = None) -> None:
         share = "" if floor is None or not seconds else f"{floor / seconds:.0%}"
         limit = "" if floor is None else f"{floor * 1e3:.3f}"
-        shown.add_row(name, f"{seconds * 1e3:.3f}", f"{seconds / step.step_s:.1%}", limit, share)
+        cells = [name, f"{seconds * 1e3:.3f}", f"{seconds / step.step_s:.1%}", limit, share]
+        if said is not None:
+            cells += (
+                ["", ""] if card is None else [f"{card * 1e3:.3f}", f"{card / seconds - 1:+.0%}" if seconds else ""]
+            )
+        shown.add_row(*cells)
 
-    for one in sorted(step.ops, key=lambda one: -one.measured_s):
-        row(f"{one.op} ×{one.calls:.0f}", one.measured_s, one.floor_s)
-    row("gaps (preparation, calls, results)", step.gaps_s)
-    row("host (scheduling, commit)", step.host_s)
+    ops = sorted(step.ops, key=lambda one: -one.measured_s)
+    scale = step.ops_s / sum(one.measured_s for one in ops)
+    for one in ops:
+        card = said.attention_s if said is not None and one.op == "attention" else None
+        row(f"{one.op} ×{one.calls:.0f}", one.measured_s, one.floor_s, card)
+    if said is not None:
+        shown.add_section()
+        others = [one for one in ops if one.op != "attention"]
+        seconds, floor = sum(one.measured_s for one in others), sum(one.floor_s for one in others)
+        row("all ops but attention", seconds, floor, said.other_ops_s)
+    row("gaps", step.gaps_s, card=None if said is None else said.around_s)
+    row("host", step.host_s, card=None if said is None else said.host_s)
     shown.add_section()
-    row("step", step.step_s, step.floor_s)
-    shown.caption = f"watching cost {milliseconds(max(step.observer_s, 0))} a step"
+    row("step", step.step_s, step.floor_s, None if said is None else said.step_s)
+    if step.padding:
+        row(f"of it, {step.padding:.2g} padded rows", step.padding_s)
+    shown.caption = (
+        "gaps: preparation, calls, results; host: scheduling, commit; "
+        f"watching cost {milliseconds(max(step.observer_s, 0))} a step"
+    )
+    if scale < 0.95:  # steps in a graph: ops that are watched one by one take longer than together
+        shown.caption += f"; unwatched, the ops together take {scale:.0%} of what they take one by one"
+    return shown
+
+
+def card_line(said: Predicted) -> str:
+    """A card's error bar, and whether it was asked for more than it measured."""
+    line = (
+        f"the card says {milliseconds(said.step_s)}, off by {said.error:+.1%}; its own error bar is {said.residual:.1%}"
+    )
+    if said.beyond:
+        line += f"; BEYOND ITS RANGE in {said.beyond:.0%} of the steps"
+    return line
+
+
+def short(step: Explained) -> Table:
+    """A few lines: the largest ops, what lies around them, and the limit."""
+    shown = Table(
+        "", "µs", "of the step", "of the limit", title=f"where a {step.kind} step's {milliseconds(step.step_s)} go"
+    )
+    ops = sorted(step.ops, key=lambda one: -one.measured_s)
+    scale = step.ops_s / sum(one.measured_s for one in ops)
+    rows = [(one.op, one.measured_s * scale, one.floor_s) for one in ops[:LARGEST]]
+    rest = ops[LARGEST:]
+    if rest:
+        name = f"{len(rest)} more ops" if len(rest) > 1 else rest[0].op
+        rows.append((name, sum(one.measured_s for one in rest) * scale, sum(one.floor_s for one in rest)))
+    for name, seconds, floor in rows:
+        limit = f"{floor / seconds:.0%}" if seconds else ""
+        shown.add_row(name, f"{seconds * 1e6:.0f}", f"{seconds / step.step_s:.0%}", limit)
+    around = step.gaps_s + step.host_s
+    shown.add_row("around the ops", f"{around * 1e6:.0f}", f"{around / step.step_s:.0%}", "")
+    shown.add_section()
+    shown.add_row("step", f"{step.step_s * 1e6:.0f}", "100%", f"{step.limit_share:.0%}")
     return shown

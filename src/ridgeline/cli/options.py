@@ -5,6 +5,7 @@ Knows option names (vLLM's). It must not know what a command prints.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,8 @@ AttentionBackend = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print every setting with its reason, and where the memory goes.")
 ]
+Plot = Annotated[Path | None, typer.Option(help="Draw it: a PNG or SVG file, by its suffix.")]
+CardFile = Annotated[Path | None, typer.Option("--card", help="Predict by what `ridgeline calibrate` measured.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 

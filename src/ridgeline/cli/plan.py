@@ -6,6 +6,7 @@ Knows options and tables. It must not know how figures come about (study/plan.py
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,10 +17,10 @@ from ridgeline.cli import options, workload
 from ridgeline.cli.figures import count, milliseconds, size
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from ridgeline.perf.card import Card
     from ridgeline.perf.hardware import Hardware as Machine
     from ridgeline.study.plan import Plan, Planner
+    from ridgeline.workload.arrivals import Job
 
 Hardware = Annotated[
     list[str] | None,
@@ -40,29 +41,60 @@ def command(
     trace: workload.Trace = None,
     num_prompts: workload.NumPrompts = None,
     length_scale: workload.LengthScale = 1.0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Serve the rate that --slo found on this machine; the plan's error.")
+    ] = False,
     what_if: Annotated[
         bool, typer.Option("--what-if", help="Price the usual optimisations on this model, one by one.")
     ] = False,
+    card: options.CardFile = None,
+    plot: options.Plot = None,
     as_json: options.Json = False,
 ) -> None:
     """Memory, capacity, FLOP/byte against the ridge, TTFT, TPOT, E2E: the floor, and the rule of thumb beside it."""
     from dataclasses import replace
 
-    from ridgeline.study.plan import batches, machines, planner
+    from ridgeline.core.errors import InvalidArgument
+    from ridgeline.perf.card import load_card
+    from ridgeline.perf.hardware import THIS
+    from ridgeline.study import pictures
+    from ridgeline.study.plan import batches, datasheet, machines, planner
 
+    pictures.checked(plot)
+    if verify and slo is None:
+        raise InvalidArgument("verify", "goes with --slo: what is served is the rate that it finds")
+    if verify and [name.strip().lower() for name in hardware or [THIS]] != [THIS]:
+        raise InvalidArgument("verify", "runs on this machine: leave --hardware out")
+    if card is not None and len(hardware or [THIS]) > 1:
+        raise InvalidArgument("card", "is of one machine: name one --hardware")
+    if what_if and plot is not None:
+        raise InvalidArgument("plot", "--what-if has no picture")
+    if card is not None and what_if:
+        raise InvalidArgument("card", "--what-if changes the model, which a card has not measured")
+    measured = load_card(card) if card else None
+    if measured is not None and dtype == "auto":
+        dtype = measured.dtype
+    asked = batches(batch)
+    load = (trace, num_prompts, length_scale, prompt_len, output_len)
+    if verify:
+        _verify(model, dtype, slo or "", load, measured, plot, as_json)
+        return
     found = [
         one if price_per_hour is None else replace(one, price_per_hour=price_per_hour) for one in machines(hardware)
     ]
-    asked = batches(batch)
     planned = planner(model, dtype)
     if slo is not None:
-        _capacities(planned, found, slo, trace, num_prompts, length_scale, prompt_len, output_len, as_json)
+        _capacities(planned, found, slo, load, measured, plot, as_json)
         return
     if what_if:
         _what_if(planned, found, prompt_len, output_len, asked[0], as_json)
         return
     if len(asked) > 1:
+        if measured is not None:
+            raise InvalidArgument("card", "goes with one batch, not with a range")
         sweeps = [planned.sweep(one, prompt_len, output_len, asked) for one in found]
+        if plot is not None:
+            pictures.save(pictures.batches(sweeps), plot)
         if as_json:
             print(
                 json.dumps(sweeps[0].as_dict() if len(sweeps) == 1 else {"sweeps": [one.as_dict() for one in sweeps]})
@@ -72,7 +104,9 @@ def command(
             Console().print(sweep_table(sweep))
             Console().print("\n".join(sweep.lines()), style="dim", highlight=False)
         return
-    plans = [planned.plan(one, prompt_len, output_len, asked[0], gpu_memory_utilization) for one in found]
+    plans = [planned.plan(one, prompt_len, output_len, asked[0], gpu_memory_utilization, measured) for one in found]
+    if plot is not None:
+        pictures.save(pictures.plans(plans, [datasheet(one) for one in found]), plot)
     if as_json:
         print(json.dumps(plans[0].as_dict() if len(plans) == 1 else {"plans": [one.as_dict() for one in plans]}))
         return
@@ -82,39 +116,132 @@ def command(
         console.print(operators(plan))
 
 
+Load = tuple[Path | None, int | None, float, int, int]
+"""(trace, num_prompts, length_scale, prompt_len, output_len) as they were given."""
+
+
+def _jobs(load: Load, most: int) -> tuple[list[Job], int]:
+    """Requests without arrivals, and the longest of them."""
+    trace, num_prompts, length_scale, prompt_len, output_len = load
+    jobs = workload.jobs_of(trace, num_prompts, prompt_len, output_len, length_scale, None, 1.0, 0, most)
+    return jobs, min(max(job.prompt_tokens + job.output_tokens for job in jobs), most)
+
+
 def _capacities(
     planned: Planner,
     found: list[Machine],
     slo: str,
-    trace: Path | None,
-    num_prompts: int | None,
-    length_scale: float,
-    prompt_len: int,
-    output_len: int,
+    load: Load,
+    card: Card | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """The highest rate within the objectives on each machine, by simulation."""
     from ridgeline.cli.progress import bar
-    from ridgeline.study.simulate import capacity, setting_for
+    from ridgeline.study import pictures
+    from ridgeline.study.simulate import Carded, capacity, setting_for, simulate
+    from ridgeline.workload.arrivals import poisson
     from ridgeline.workload.measure import objectives_named
 
     objectives = objectives_named(slo)
-    jobs = workload.jobs_of(
-        trace, num_prompts, prompt_len, output_len, length_scale, None, 1.0, 0, planned.spec.max_positions
-    )
-    longest = min(max(job.prompt_tokens + job.output_tokens for job in jobs), planned.spec.max_positions)
+    jobs, longest = _jobs(load, planned.spec.max_positions)
+    if card is not None:
+        card.check(planned.name, planned.dtype)
+    steps = Carded(card) if card else None
     results = []
     for machine in found:
         setting = setting_for(planned, machine, max_model_len=longest)
+        seconds, host_s = (steps.device_s, steps.host_s) if steps else (planned.seconds(machine), None)
         with bar(f"searching on {machine.name}", shown=not as_json, unit="run") as progress:
-            results.append(capacity(jobs, setting, planned.seconds(machine), objectives, progress=progress))
+            one = capacity(jobs, setting, seconds, objectives, host_s=host_s, progress=progress)
+        if steps:  # the search went beyond the rate that it found: what counts is a run at that rate
+            steps.forget()
+            simulate(poisson(jobs, one.rate_per_s), setting, seconds, host_s)
+        results.append(one)
+    by = "card" if card else "floor"
+    if plot is not None:
+        title = f"{planned.name}, {planned.dtype}: rates within {slo} (steps by their {by})"
+        named = [(machine.name, one) for machine, one in zip(found, results)]
+        pictures.save(pictures.latency(named, objectives, title), plot)
     if as_json:
-        rows = [{"hardware": m.id, **one.as_dict()} for m, one in zip(found, results)]
-        print(json.dumps({"model": planned.name, "dtype": planned.dtype, "steps": "floor", "capacities": rows}))
+        predicted = {"prediction": steps.as_dict()} if steps else {}
+        rows = [{"hardware": m.id, **one.as_dict(), **predicted} for m, one in zip(found, results)]
+        print(json.dumps({"model": planned.name, "dtype": planned.dtype, "steps": by, "capacities": rows}))
         return
     for machine, one in zip(found, results):
-        title = f"{planned.name} on {machine.name}: {one.rate_per_s:.2f} requests/s within {slo} (steps at their floor)"
+        title = f"{planned.name} on {machine.name}: {one.rate_per_s:.2f} requests/s within {slo} (steps by their {by})"
         Console().print(workload.report_table(one.best, title))
+    if steps:
+        Console().print(steps.line(), style="yellow" if steps.beyond else "dim", highlight=False)
+
+
+def _verify(
+    model: str | None,
+    dtype: str,
+    slo: str,
+    load: Load,
+    card: Card | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """The rate that a simulation of this very engine finds, served by the engine."""
+    from ridgeline.cli.progress import bar
+    from ridgeline.llm import LLM
+    from ridgeline.study import pictures
+    from ridgeline.study.plan import planner, this_machine
+    from ridgeline.study.simulate import Carded, capacity, simulate
+    from ridgeline.study.verify import setting_of, verify
+    from ridgeline.workload.arrivals import poisson
+    from ridgeline.workload.measure import objectives_named
+
+    objectives = objectives_named(slo)
+    jobs, longest = _jobs(load, planner(model, dtype).spec.max_positions)
+    with LLM(model, dtype=dtype, max_model_len=longest, enable_prefix_caching=False) as llm:
+        built = llm.built
+        planned, setting = planner(model, built.config.dtype), setting_of(built)
+        if card is not None:
+            card.check(planned.name, planned.dtype)
+        steps = Carded(card) if card else None
+        seconds, host_s = (steps.device_s, steps.host_s) if steps else (planned.seconds(this_machine()), None)
+        with bar("searching", shown=not as_json, unit="run") as progress:
+            found = capacity(jobs, setting, seconds, objectives, host_s=host_s, progress=progress)
+        arriving = poisson(jobs, found.rate_per_s)
+        if steps:
+            steps.forget()
+        simulated = simulate(arriving, setting, seconds, host_s, objectives)
+        with bar(f"serving {found.rate_per_s:.2f} requests/s", shown=not as_json) as progress:
+            done = verify(built, arriving, simulated.report, objectives, progress=progress)
+        where = f"{planned.name}, {planned.dtype}, {built.config.device}"
+    if plot is not None:
+        title = f"{where}: {found.rate_per_s:.3g} requests/s, planned and served"
+        runs = [("planned", simulated.served), ("served", done.served)]
+        pictures.save(pictures.distributions(runs, objectives, title), plot)
+    by = "card" if card else "floor"
+    if as_json:
+        head = {"engine": where, "steps": by, "rate_per_s": found.rate_per_s}
+        predicted = {"prediction": steps.as_dict()} if steps else {}
+        print(json.dumps({**head, **predicted, **done.as_dict()}))
+        return
+    table = Table(
+        "", "planned", "served", "the plan is off by",
+        title=f"{where}: {found.rate_per_s:.2f} requests/s within {slo} (steps by their {by})",
+    )  # fmt: skip
+    for name, planned_value, value in done.rows:
+        shown = [_figure(name, one) for one in (planned_value, value)]
+        table.add_row(name, *shown, f"{planned_value / value - 1:+.1%}" if value else "")
+    Console().print(table)
+    said = "the plan holds" if done.holds else "THE PLAN DOES NOT HOLD: fewer requests than planned met the objectives"
+    Console().print(said, style="dim" if done.holds else "yellow", highlight=False)
+    if steps:
+        Console().print(steps.line(), style="yellow" if steps.beyond else "dim", highlight=False)
+    else:
+        Console().print("steps at their floor promise more than any kernel keeps: give a --card", style="dim")
+
+
+def _figure(name: str, value: float) -> str:
+    if name == "within objectives":
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if name.endswith("/s") else milliseconds(value)
 
 
 def _what_if(
@@ -168,9 +295,24 @@ def summary(plans: list[Plan]) -> Table:
         ("rule of thumb: TPOT", lambda p: milliseconds(p.simple_rule["tpot_s"])),
         ("rule of thumb: E2E", lambda p: milliseconds(p.simple_rule["e2e_s"])),
     ]
+    if first.calibrated is not None:
+        rows += [
+            (f"TTFT by the card ({first.calibrated.steps} steps)", lambda p: _by_card(p, "ttft")),
+            ("TPOT by the card", lambda p: _by_card(p, "tpot")),
+        ]
+        table.caption = f"the card: {first.calibrated.device}" + (
+            "; this load lies BEYOND what it measured, so the error bars are wider" if first.calibrated.beyond else ""
+        )
     for name, show in rows:
         table.add_row(name, *(show(plan) for plan in plans))
     return table
+
+
+def _by_card(plan: Plan, name: str) -> str:
+    said = plan.calibrated
+    assert said is not None
+    mark = " !" if said.beyond else ""
+    return f"{milliseconds(getattr(said, f'{name}_s'))} ± {getattr(said, f'{name}_error'):.0%}{mark}"
 
 
 def operators(plan: Plan) -> Table:

@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 
 from ridgeline.cli import options, workload
-from ridgeline.core.errors import InvalidArgument
 
 
 def command(
@@ -37,23 +36,24 @@ def command(
     gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
     card: Annotated[Path | None, typer.Option(help="Steps take what `ridgeline calibrate` measured.")] = None,
     seed: workload.Seed = 0,
+    plot: options.Plot = None,
     as_json: options.Json = False,
 ) -> None:
     """Serve a workload in virtual time, with the real scheduler and KV cache; steps at their floor, or by a card."""
     from ridgeline.cli.progress import bar
     from ridgeline.perf.card import load_card
+    from ridgeline.study import pictures
     from ridgeline.study.plan import machines, planner
-    from ridgeline.study.simulate import carded, setting_for, simulate
+    from ridgeline.study.simulate import Carded, setting_for, simulate
     from ridgeline.workload.measure import objectives_named
 
+    pictures.checked(plot)
     objectives = objectives_named(slo) if slo else None
     measured = load_card(card) if card else None
     machine = machines([hardware])[0]
-    planned = planner(model, dtype)
-    if measured and (measured.model, measured.dtype) != (planned.name, planned.dtype):
-        raise InvalidArgument(
-            "card", f"{card} is of {measured.model} in {measured.dtype}, not of {planned.name} in {planned.dtype}"
-        )
+    planned = planner(model, measured.dtype if measured and dtype == "auto" else dtype)
+    if measured:
+        measured.check(planned.name, planned.dtype)
     setting = setting_for(
         planned,
         machine,
@@ -67,7 +67,8 @@ def command(
     jobs = workload.jobs_of(
         trace, num_prompts, prompt_len, output_len, length_scale, request_rate, burstiness, seed, setting.max_model_len
     )
-    seconds, host_s = carded(measured) if measured else (planned.seconds(machine), None)
+    by_card = Carded(measured) if measured else None
+    seconds, host_s = (by_card.device_s, by_card.host_s) if by_card else (planned.seconds(machine), None)
     steps = f"card {measured.sha256[:12]}" if measured else "floor"
     with bar("simulating", shown=not as_json) as progress:
         found = simulate(
@@ -79,10 +80,15 @@ def command(
             concurrency=max_concurrency,
             progress=progress,
         )
-    if as_json:
-        head = {"model": planned.name, "hardware": machine.id, "dtype": planned.dtype, "steps": steps}
-        print(json.dumps({**head, **found.report.as_dict()}))
-        return
     where = f"{planned.name}, {planned.dtype}, on {machine.name}"
     title = f"{where}: {len(jobs)} requests in virtual time (steps by their {steps})"
+    if plot is not None:
+        pictures.save(pictures.distributions([("simulated", found.served)], objectives or {}, title), plot)
+    if as_json:
+        head = {"model": planned.name, "hardware": machine.id, "dtype": planned.dtype, "steps": steps}
+        predicted = {"prediction": by_card.as_dict()} if by_card else {}
+        print(json.dumps({**head, **predicted, **found.report.as_dict()}))
+        return
     Console().print(workload.report_table(found.report, title))
+    if by_card:
+        Console().print(by_card.line(), style="yellow" if by_card.beyond else "dim", highlight=False)

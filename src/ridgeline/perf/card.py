@@ -4,8 +4,8 @@ Knows times that were measured, and their file. It must not know how they were m
 any model beyond the name on the card.
 
 A step is all ops but attention (by tokens), the head (by sampled rows), attention (decodes by requests and context;
-prefills by new tokens and context), all times ops_scale; and what lies around them: step_s + request_s a request on
-the device's side, host_step_s + host_request_s on the host's.
+prefills by new tokens and those before them), all times ops_scale; and what lies around them: step_s + request_s a
+request on the device's side, host_step_s + host_request_s on the host's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,17 @@ class Line:
         (x0, y0), (x1, y1) = points[place - 1], points[place]
         return y0 + (y1 - y0) * (number - x0) / (x1 - x0)
 
+    def power(self, number: float) -> float:
+        """The same, but straight on logarithmic axes: what grows as a power between two points is met exactly."""
+        points = self.points
+        if number <= points[0][0] or len(points) == 1:
+            return points[0][1]
+        place = min(bisect_right(points, (number, math.inf)), len(points) - 1)
+        (x0, y0), (x1, y1) = points[place - 1], points[place]
+        if min(y0, y1) <= 0:
+            return self(number)
+        return float(y0 * (y1 / y0) ** (math.log(number / x0) / math.log(x1 / x0)))
+
     @property
     def most(self) -> float:
         return self.points[-1][0]
@@ -46,23 +57,30 @@ class Line:
 
 @dataclass(frozen=True)
 class Grid:
-    """Seconds by two positive numbers: values[i][j] at rows[i], columns[j]; linear between and beyond the last."""
+    """Seconds by two numbers: values[i][j] at rows[i], columns[j]; linear between and beyond the last.
+
+    power: along rows a power law instead, for what grows with their square.
+    """
 
     rows: tuple[float, ...]
     columns: tuple[float, ...]
     values: tuple[tuple[float, ...], ...]
+    power: bool = False
 
     def __call__(self, row: float, column: float) -> float:
         along = [Line(tuple(zip(self.columns, line)))(column) for line in self.values]
-        return Line(tuple(zip(self.rows, along)))(row)
+        line = Line(tuple(zip(self.rows, along)))
+        return line.power(row) if self.power else line(row)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """Measured seconds of one model's steps on one device.
 
-    made: date; versions: of packages; clocks: as the device reported them. residual: 95th percentile of
-    |predicted / measured - 1| over steps that took no part in the fit: the error bar of a prediction.
+    decode: by requests and their mean context. prefill: of one request, by new tokens and tokens before them. longest:
+    most keys that a request may have had. made: date; versions: of packages; clocks: as the device reported them.
+    residual: 95th percentile of |predicted / measured - 1| over steps that took no part in the fit: the error bar of a
+    prediction.
     """
 
     device: str
@@ -73,6 +91,7 @@ class Card:
     head: Line
     decode: Grid
     prefill: Grid
+    longest: float
     step_s: float
     request_s: float
     ops_scale: float
@@ -102,18 +121,33 @@ class Card:
         fixed = self.prefill.values[0][0]
         others = [(new, visible) for new, visible in zip(spans.new, spans.visible) if new > 1]
         for place, (new, visible) in enumerate(others):
-            one = self.prefill(new, visible)
+            one = self.prefill(new, visible - new)
             seconds += one if place == 0 and not ones else max(one - fixed, 0.0)
         return seconds
 
+    def reach(self, spans: Spans) -> float:
+        """How far a step lies beyond what was measured: the largest of its tokens, decodes and keys over the grid's
+        last ones; up to 1 it lies within."""
+        ones = sum(new == 1 for new in spans.new)
+        return max(
+            sum(spans.new) / self.body.most,
+            ones / self.decode.rows[-1],
+            max(spans.visible) / self.longest,
+        )
+
     def covers(self, spans: Spans) -> bool:
         """Whether a step lies within what was measured; beyond it a prediction is a guess along the last slope."""
-        ones = sum(new == 1 for new in spans.new)
-        return (
-            sum(spans.new) <= self.body.most
-            and ones <= self.decode.rows[-1]
-            and max(spans.visible) <= max(self.decode.columns[-1], self.prefill.columns[-1])
-        )
+        return self.reach(spans) <= 1
+
+    def error(self, spans: Spans) -> float:
+        """Error bar of a step's prediction, relative: the residual, and beyond the grid as many times that as the step
+        reaches beyond it (how wrong the last slope gets is not known; that it gets worse is)."""
+        return self.residual * max(self.reach(spans), 1.0)
+
+    def check(self, model: str, dtype: str) -> None:
+        """InvalidArgument if the card is not of this model in this dtype."""
+        if (self.model, self.dtype) != (model, dtype):
+            raise InvalidArgument("card", f"is of {self.model} in {self.dtype}, not of {model} in {dtype}")
 
     def as_dict(self) -> dict[str, Any]:
         return {"version": VERSION, **asdict(self)}
@@ -144,7 +178,8 @@ def load_card(path: Path) -> Card:
         values[name] = Line(_pairs(values[name]["points"]))
     for name in ("decode", "prefill"):
         grid = values[name]
-        values[name] = Grid(tuple(grid["rows"]), tuple(grid["columns"]), tuple(map(tuple, grid["values"])))
+        shape = tuple(grid["rows"]), tuple(grid["columns"])
+        values[name] = Grid(*shape, tuple(map(tuple, grid["values"])), grid["power"])
     return Card(**values)
 
 

@@ -69,9 +69,12 @@ class StepSeconds:
     def __call__(self, spans: Spans, rows: int) -> float:
         """Seconds of a step with these spans that samples `rows` rows."""
         attention = sum(times * self.op_s("attention", "contraction", cost) for times, cost in self.price.calls(spans))
-        head = self._head(rows) if rows else 0.0
         overhead = self.step_s + self.request_s * len(spans.new)
-        return overhead + self._body(sum(spans.new)) + head + attention
+        return overhead + self.dense(sum(spans.new), rows) + attention
+
+    def dense(self, tokens: int, rows: int) -> float:
+        """Seconds of all ops but attention."""
+        return self._body(tokens) + (self._head(rows) if rows else 0.0)
 
     def _metered(self, tokens: int, rows: int) -> float:
         """All ops but attention, of `tokens` tokens of which `rows` are sampled."""

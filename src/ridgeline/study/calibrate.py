@@ -29,7 +29,7 @@ from ridgeline.workload.arrivals import Job
 from ridgeline.workload.drive import drive
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-CONTEXTS = (16, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+CONTEXTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 REPEATS = 7
 ENOUGH_S = 0.25
 BUSY = 1.25
@@ -65,7 +65,8 @@ def calibrate(built: Built, progress: Callable[[int, int], None] | None = None, 
     contexts = [length for length in CONTEXTS if length < bench.longest] + [bench.longest]
     chunks = [count for count in TOKENS if 8 <= count <= min(bench.most_tokens, bench.longest)]
     decodes = [(count, length) for count in batches for length in contexts if bench.fits(count, length)]
-    prefills = [(new, visible) for new in chunks for visible in contexts]
+    befores = [0, *(length for length in contexts if length < bench.longest)]
+    prefills = [(new, before) for new in chunks for before in befores if new + before <= bench.longest]
     total, done = len(tokens) + len(decodes) + len(prefills), 0
 
     def tick() -> None:
@@ -88,8 +89,8 @@ def calibrate(built: Built, progress: Callable[[int, int], None] | None = None, 
         head[count] = min(head.get(count, head_s), head_s)
         tick()
     prefill: dict[tuple[int, int], float] = {}
-    for new, visible in prefills:
-        _, _, prefill[new, visible] = bench.parts(_Shape(((new, max(visible, new)),)))
+    for new, before in prefills:
+        _, _, prefill[new, before] = bench.parts(_Shape(((new, new + before),)))
         tick()
     if bench.spread > BUSY and not allow_busy:
         raise BusyMachine(
@@ -104,7 +105,8 @@ def calibrate(built: Built, progress: Callable[[int, int], None] | None = None, 
         body=Line(tuple(sorted(body.items()))),
         head=Line(tuple(sorted(head.items()))),
         decode=_grid(batches, contexts, decode),
-        prefill=_grid(chunks, contexts, prefill),
+        prefill=_grid(chunks, befores, prefill, power=True),
+        longest=bench.longest,
         step_s=0.0,
         request_s=0.0,
         ops_scale=1.0,
@@ -192,18 +194,20 @@ def _split(calls: Sequence[TimedCall]) -> tuple[float, float, float]:
     return body, sum(one.seconds for one in calls[last + 1 :]), attention
 
 
-def _grid(rows: Sequence[int], columns: Sequence[int], found: dict[tuple[int, int], float]) -> Grid:
-    """A full grid; what the pool could not hold continues its row in proportion to the context."""
+def _grid(
+    rows: Sequence[int], columns: Sequence[int], found: dict[tuple[int, int], float], power: bool = False
+) -> Grid:
+    """A full grid; what could not be measured (the pool is too small, the context too short) continues its row
+    straight on, or in proportion if its row has one value only."""
     values = []
     for row in rows:
-        line: list[float] = []
-        for place, column in enumerate(columns):
-            if (row, column) in found:
-                line.append(found[row, column])
-            else:
-                line.append(line[-1] * column / columns[place - 1])
-        values.append(tuple(line))
-    return Grid(tuple(map(float, rows)), tuple(map(float, columns)), tuple(values))
+        known = Line(tuple((column, found[row, column]) for column in columns if (row, column) in found))
+        first, seconds = known.points[0]
+        if len(known.points) == 1 and first > 0:
+            values.append(tuple(seconds * column / first for column in columns))
+        else:
+            values.append(tuple(known(column) for column in columns))
+    return Grid(tuple(map(float, rows)), tuple(map(float, columns)), tuple(values), power)
 
 
 def _anchored(card: Card, built: Built) -> Card:

@@ -2,7 +2,8 @@
 
 Knows step records, a Timer's calls, and the limit curve measured on the spot. It must not know how steps are made.
 A workload runs twice: unwatched, for the time of steps, and watched, for the shares of ops; what watching costs is
-printed. An op below 95 % of its floor is no achievement but an error of measurement, and is refused as such.
+printed. An op below 95 % of its floor is no achievement but an error of measurement, and is refused as such. What a
+calibration card says of the same steps stands beside them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import torch
 
 from ridgeline.core.cost import ZERO, Cost
 from ridgeline.core.errors import RidgelineError
-from ridgeline.core.step import StepPlan, StepRecord
+from ridgeline.core.step import Spans, StepPlan, StepRecord
 from ridgeline.engine.build import Built
 from ridgeline.engine.executor import Executor, Handle
+from ridgeline.perf.card import Card
 from ridgeline.perf.limit import LimitCurve, OwnProduct, measure_curve
+from ridgeline.perf.predict import StepSeconds
+from ridgeline.perf.price import Price
 from ridgeline.perf.timer import TimedCall, Timer
 from ridgeline.workload.arrivals import Job
 from ridgeline.workload.drive import drive
@@ -64,14 +68,39 @@ class OpShare:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What a card says of the mean step, in seconds. around_s: on the device outside of ops.
+
+    error: predicted / measured - 1 of the whole step; residual: the card's own error bar; beyond: share of the steps
+    that lie beyond what the card measured.
+    """
+
+    attention_s: float
+    other_ops_s: float
+    around_s: float
+    host_s: float
+    error: float
+    residual: float
+    beyond: float
+
+    @property
+    def step_s(self) -> float:
+        return self.attention_s + self.other_ops_s + self.around_s + self.host_s
+
+    def as_dict(self) -> dict[str, float]:
+        return {"step_s": self.step_s, **{name: getattr(self, name) for name in self.__slots__}}
+
+
 @dataclass(frozen=True)
 class Explained:
     """The mean step of one class of work, split up. All seconds.
 
     step_s = floor_s + kernels_s + gaps_s + host_s. floor_memory_s and floor_compute_s: the floor by the roof that
     its ops hit. kernels_s: ops beyond their floors; gaps_s: device time outside of ops (preparation, launches,
-    results); host_s: scheduling and commit. padding_s: of it, spent on rows that nobody asked for.
-    observer_s: what watching added to a step.
+    results); host_s: scheduling and commit. padding: rows of the mean step that nobody asked for; padding_s: of step_s,
+    what they took, if the ops do them as fast as the others. observer_s: what watching added to a step. curve: the
+    limit that the floor is by; working_set_bytes: what a step touches. predicted: by a card, if there is one.
     """
 
     kind: str
@@ -82,7 +111,12 @@ class Explained:
     gaps_s: float
     ops: tuple[OpShare, ...]
     observer_s: float
+    curve: LimitCurve
+    working_set_bytes: float
+    dtype: str = "float32"
+    padding: float = 0.0
     padding_s: float = 0.0
+    predicted: Predicted | None = None
     advice: tuple[str, ...] = field(default=())
 
     @property
@@ -90,8 +124,13 @@ class Explained:
         return sum(one.floor_s for one in self.ops)
 
     @property
+    def ops_s(self) -> float:
+        """All ops of an unwatched step."""
+        return self.step_s - self.gaps_s - self.host_s
+
+    @property
     def kernels_s(self) -> float:
-        return self.step_s - self.floor_s - self.gaps_s - self.host_s
+        return self.ops_s - self.floor_s
 
     @property
     def limit_share(self) -> float:
@@ -110,9 +149,15 @@ class Explained:
             "kernels_s": self.kernels_s,
             "gaps_s": self.gaps_s,
             "host_s": self.host_s,
+            "padding_rows": self.padding,
             "padding_s": self.padding_s,
             "observer_s": self.observer_s,
             "limit_share": self.limit_share,
+            "working_set_bytes": self.working_set_bytes,
+            "read_bytes_per_s": self.curve.bytes_per_s(self.working_set_bytes),
+            "dram_bytes_per_s": self.curve.dram_bytes_per_s,
+            "flops_per_s": self.curve.flops_per_s,
+            "predicted": None if self.predicted is None else self.predicted.as_dict(),
             "ops": [one.as_dict() for one in self.ops],
             "advice": list(self.advice),
         }
@@ -149,11 +194,15 @@ def explain(
     concurrency: int | None = None,
     rounds: int = 3,
     progress: Callable[[int, int], None] | None = None,
+    card: Card | None = None,
 ) -> list[Explained]:
     """Run `jobs` on an engine, `rounds` times unwatched and as often watched, and split the steps of each class.
 
-    Raises MeasurementError if an op comes out more than 5 % above the limit at its working set.
+    Raises MeasurementError if an op comes out more than 5 % above the limit at its working set, also when the limit
+    is measured a second time; InvalidArgument for a card of another model or dtype.
     """
+    if card is not None:
+        card.check(built.directory.name, built.config.dtype)
     config = built.config
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     panels = built.runner.model.layers[0].attention.qkv.weight.format == "panels"
@@ -188,16 +237,26 @@ def explain(
     kinds = sorted(
         {record.kind for record in plain}, key=lambda kind: -sum(r.device_s for r in plain if r.kind == kind)
     )
-    return [
-        _explained(
-            kind,
-            [record for record in plain if record.kind == kind],
-            [calls for one, calls in watched.steps if one == kind],
-            watched_s[kind],
-            curve,
-        )
-        for kind in kinds
-    ]
+
+    def split(curve: LimitCurve) -> list[Explained]:
+        return [
+            _explained(
+                kind,
+                [record for record in plain if record.kind == kind],
+                [calls for one, calls in watched.steps if one == kind],
+                watched_s[kind],
+                curve,
+                built.price,
+                card,
+                config.dtype,
+            )
+            for kind in kinds
+        ]
+
+    try:
+        return split(curve)
+    except MeasurementError:  # others may have slowed the limit and not the steps
+        return split(curve.better(measure_curve(device, dtype, own)))
 
 
 def _serve(built: Built, jobs: Sequence[Job], concurrency: int | None, seed: int) -> None:
@@ -210,6 +269,9 @@ def _explained(
     timed: Sequence[Sequence[TimedCall]],
     watched_s: Sequence[float],
     curve: LimitCurve,
+    price: Price | None = None,
+    card: Card | None = None,
+    dtype: str = "float32",
 ) -> Explained:
     count = len(timed)
     working_set = sum(call.cost.bytes for calls in timed for call in calls) / count
@@ -217,7 +279,7 @@ def _explained(
     for calls in timed:
         for call in calls:
             entry = sums.setdefault(call.op, [call.kind, 0, ZERO, 0.0, 0.0, 0.0])
-            memory_s, compute_s = _floors(call, working_set, curve)
+            memory_s, compute_s = _floors(call.kind, call.cost, working_set, curve)
             entry[1] += 1
             entry[2] += call.cost
             entry[3] += max(memory_s, compute_s)
@@ -247,15 +309,62 @@ def _explained(
         gaps_s=max(device - measured, 0.0),
         ops=tuple(sorted(ops, key=lambda one: -one.lost_s)),
         observer_s=sum(watched_s) / len(watched_s) - host - device,
+        curve=curve,
+        working_set_bytes=working_set,
+        dtype=dtype,
+        padding=sum(record.padding for record in records) / steps,
+        padding_s=_padding_s(records, ops, working_set, curve, price),
+        predicted=None if card is None else _predicted(card, records),
     )
     return replace(result, advice=advice(result))
 
 
-def _floors(call: TimedCall, working_set: float, curve: LimitCurve) -> tuple[float, float]:
+def _floors(kind: str, cost: Cost, working_set: float, curve: LimitCurve) -> tuple[float, float]:
     """(memory, compute) seconds. Contractions read weights and caches, which a whole step passes by; the other ops
     read what the op before them has just written."""
-    within = working_set if call.kind == "contraction" else call.cost.bytes
-    return call.cost.bytes / curve.bytes_per_s(within), call.cost.flops / curve.flops_per_s
+    within = working_set if kind == "contraction" else cost.bytes
+    return cost.bytes / curve.bytes_per_s(within), cost.flops / curve.flops_per_s
+
+
+def _padding_s(
+    records: Sequence[StepRecord], ops: Sequence[OpShare], working_set: float, curve: LimitCurve, price: Price | None
+) -> float:
+    """What the mean step's rows for nobody take: the floor of a step with them less that of one without, each op
+    as far above its floor as it was measured. Padded rows have no keys, so attention takes nothing for them."""
+    if price is None or not any(record.padding for record in records):
+        return 0.0
+    above = {one.op: one.measured_s / one.floor_s for one in ops if one.floor_s > 0}
+
+    def op_s(name: str, kind: str, cost: Cost) -> float:
+        return max(_floors(kind, cost, working_set, curve)) * above.get(name, 1.0)
+
+    seconds = StepSeconds(price, op_s)
+    lost = 0.0
+    for record in records:
+        tokens = sum(new for new, _ in record.spans)
+        whole = seconds.dense(tokens + record.padding, record.sampled + record.padding)
+        lost += max(whole - seconds.dense(tokens, record.sampled), 0.0)
+    return lost / len(records)
+
+
+def _predicted(card: Card, records: Sequence[StepRecord]) -> Predicted:
+    """A card's say on the mean of these steps."""
+    count = len(records)
+    attention = others = around = host = measured = beyond = 0.0
+    for record in records:
+        new, visible = zip(*record.spans)
+        spans = Spans(new, visible)
+        around += card.step_s + card.request_s * len(new)
+        one = card.ops_scale * card.attention_s(spans)
+        attention += one
+        others += card.device_s(spans, record.sampled) - one - card.step_s - card.request_s * len(new)
+        host += card.host_s(spans)
+        measured += record.device_s + record.host_s
+        beyond += not card.covers(spans)
+    error = (attention + others + around + host) / measured - 1
+    return Predicted(
+        attention / count, others / count, around / count, host / count, error, card.residual, beyond / count
+    )
 
 
 def _mean(cost: Cost, count: int) -> Cost:
@@ -287,6 +396,13 @@ def advice(step: Explained) -> tuple[str, ...]:
             step.host_s,
             f"scheduling and commit take {step.host_s * 1e3:.3g} ms a step in which the device waits: more requests a "
             "step spread them, overlap hides them",
+        )
+    )
+    found.append(
+        (
+            step.padding_s,
+            f"{step.padding:.3g} rows a step are computed for nobody and take {step.padding_s * 1e3:.3g} ms: sizes "
+            "captured nearer to the batch, or a batch nearer to a captured size, save them",
         )
     )
     found.sort(key=lambda pair: -pair[0])

@@ -21,8 +21,9 @@ from ridgeline.models import ModelSpec, build_model, parse_config
 from ridgeline.models.checkpoint import locate
 from ridgeline.models.spec import read_config
 from ridgeline.ops import Ops
+from ridgeline.perf.card import Card
 from ridgeline.perf.hardware import THIS, Hardware, find, known
-from ridgeline.perf.limit import matrix_rate, measure_limit
+from ridgeline.perf.limit import OwnProduct, matrix_rate, measure_limit
 from ridgeline.perf.meter import Meter
 from ridgeline.perf.predict import StepSeconds
 from ridgeline.perf.price import Price
@@ -75,9 +76,30 @@ class Phase:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The same load by a calibration card: seconds, and their error bars (relative).
+
+    steps: that the prompts take, no more tokens in each than were measured. beyond: whether the load lies beyond the
+    card's grid; then the bars are wider.
+    """
+
+    sha256: str
+    device: str
+    ttft_s: float
+    tpot_s: float
+    ttft_error: float
+    tpot_error: float
+    steps: int
+    beyond: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A model on a machine at one load. Times in seconds, sizes in bytes."""
+    """A model on a machine at one load. Times in seconds, sizes in bytes. calibrated: by a card, if there is one."""
 
     model: str
     hardware: Hardware
@@ -94,6 +116,7 @@ class Plan:
     prefill: Phase
     decode: Phase
     notes: tuple[str, ...] = field(default=())
+    calibrated: Calibrated | None = None
 
     @property
     def resident_requests(self) -> int:
@@ -156,6 +179,7 @@ class Plan:
             "output_tokens_per_s": self.output_tokens_per_s,
             "cost_per_million_tokens": self.cost_per_million_tokens,
             "simple_rule": self.simple_rule,
+            "calibrated": None if self.calibrated is None else self.calibrated.as_dict(),
             "ops": [{"phase": name, **one.as_dict()} for name, phase in phases.items() for one in phase.ops],
             "notes": list(self.notes),
         }
@@ -260,6 +284,14 @@ def batches(text: str) -> list[int]:
     return result if result[-1] == high else [*result, high]
 
 
+def datasheet(machine: Hardware) -> Hardware | None:
+    """The table's machine of the same name as a measured one; None for a machine of the table, or if none is."""
+    if machine.id != THIS:
+        return None
+    name = machine.name.removeprefix("this ")
+    return next((one for one in known().values() if one.name == name or one.name.split()[1] in name.split()), None)
+
+
 def machines(names: Sequence[str] | None) -> list[Hardware]:
     """The machines of these names; "this" (the default) is measured now."""
     return [this_machine() if name.strip().lower() == THIS else find(name) for name in names or [THIS]]
@@ -325,9 +357,20 @@ class Planner:
         self.price.trace(Spans((new,), (visible,)), rows, False, Ops({}, live))
         return live.peak_bytes + 4 * rows * self.spec.vocabulary
 
-    def plan(self, hardware: Hardware, prompt_len: int, output_len: int, batch: int, utilization: float = 0.9) -> Plan:
-        """DoesNotFit, saying by how many bytes and what would fit; InvalidArgument for lengths beyond the model's."""
+    def plan(
+        self,
+        hardware: Hardware,
+        prompt_len: int,
+        output_len: int,
+        batch: int,
+        utilization: float = 0.9,
+        card: Card | None = None,
+    ) -> Plan:
+        """DoesNotFit, saying by how many bytes and what would fit; InvalidArgument for lengths beyond the model's, and
+        for a card of another model or dtype."""
         self._check(prompt_len, output_len, batch, utilization)
+        if card is not None:
+            card.check(self.name, self.dtype)
         roofline = Roofline.of(hardware, self.dtype)
         usable = hardware.memory_bytes * utilization
         most = max(min(CHUNK_TOKENS, batch * prompt_len), 1)
@@ -361,6 +404,7 @@ class Planner:
             utilization=utilization,
             prefill=self.phase(roofline, prompt_len, prompt_len, batch),
             decode=self.phase(roofline, 1, middle, batch),
+            calibrated=None if card is None else _calibrated(card, prompt_len, middle, batch),
         )
 
     def sweep(
@@ -446,14 +490,67 @@ class Planner:
         )
 
 
+def _calibrated(card: Card, prompt_len: int, middle: int, batch: int) -> Calibrated:
+    """Prompts in steps as the engine of the card fills them; decode as one step of the whole batch."""
+    seconds = error = 0.0
+    beyond = False
+    steps = _filled(batch, prompt_len, int(card.body.most))
+    for spans, rows in steps:
+        one = card.device_s(spans, rows) + card.host_s(spans)
+        seconds += one
+        error += one * card.error(spans)
+        beyond |= not card.covers(spans)
+    decode = Spans((1,) * batch, (middle,) * batch)
+    return Calibrated(
+        sha256=card.sha256,
+        device=card.device,
+        ttft_s=seconds,
+        tpot_s=card.device_s(decode, batch) + card.host_s(decode),
+        ttft_error=error / seconds,
+        tpot_error=card.error(decode),
+        steps=len(steps),
+        beyond=beyond or not card.covers(decode),
+    )
+
+
+def _filled(batch: int, prompt_len: int, most: int) -> list[tuple[Spans, int]]:
+    """`batch` prompts in steps of at most `most` tokens, one prompt after another: (spans, prompts that end)."""
+    steps: list[tuple[Spans, int]] = []
+    new: list[int] = []
+    visible: list[int] = []
+    ended = 0
+
+    def close() -> None:
+        nonlocal ended
+        steps.append((Spans(tuple(new), tuple(visible)), ended))
+        new.clear()
+        visible.clear()
+        ended = 0
+
+    for _ in range(batch):
+        done = 0
+        while done < prompt_len:
+            tokens = min(prompt_len - done, most - sum(new))
+            done += tokens
+            new.append(tokens)
+            visible.append(done)
+            ended += done == prompt_len
+            if sum(new) == most:
+                close()
+    if new:
+        close()
+    return steps
+
+
 def this_machine() -> Hardware:
     """This machine, measured on the spot in about a second: read rate beyond caches, matrix products, memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     total, _ = device_memory_bytes(device)
     limit = measure_limit(device, 0, torch.float32)
-    rates = {"float32": limit.flops_per_s}
+    own = _own_product(device)
+    rates = {"float32": max(limit.flops_per_s, matrix_rate(device, torch.float32, own))}
     for name in ("bfloat16", "float16") if device.type == "cuda" else ("bfloat16",):
-        rates[name] = matrix_rate(device, getattr(torch, name))
+        rates[name] = matrix_rate(device, getattr(torch, name), own)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, sms = properties.name, properties.multi_processor_count
@@ -470,6 +567,15 @@ def this_machine() -> Hardware:
             memory_bytes_per_s=limit.dram_bytes_per_s, sms=sms, source={**card.source, **measured},
         )  # fmt: skip
     return Hardware(
-        id=THIS, name=name, matrix=rates, vector_flops=limit.flops_per_s, memory_bytes=total,
+        id=THIS, name=name, matrix=rates, vector_flops=rates["float32"], memory_bytes=total,
         memory_bytes_per_s=limit.dram_bytes_per_s, sms=sms, device=device.type, source=measured,
     )  # fmt: skip
+
+
+def _own_product(device: torch.device) -> OwnProduct | None:
+    """Our own matrix product where it may be faster than torch's: a floor must not lie above what is reached."""
+    if device.type != "cpu":
+        return None
+    from ridgeline.kernels.cpu.linear import linear_cpu
+
+    return OwnProduct(linear_cpu, True)

@@ -18,7 +18,7 @@ from ridgeline.perf.hardware import Hardware
 from ridgeline.study.plan import BLOCK_SIZE, Planner
 from ridgeline.workload.arrivals import Job, poisson
 from ridgeline.workload.drive import drive
-from ridgeline.workload.measure import Report, Served, report
+from ridgeline.workload.measure import Report, Served, Spread, report
 
 TYPICAL_RUNS = 20
 """Simulations that a search for capacity takes, about: for a progress bar."""
@@ -27,13 +27,46 @@ Seconds = Callable[[Spans, int], float]
 """Time of a step from its spans and the number of sampled rows."""
 
 
-def carded(card: Card) -> tuple[Seconds, Callable[[StepPlan], float]]:
-    """(device seconds, host seconds) of steps as a card predicts them."""
+class Carded:
+    """Steps as a card predicts them, and how many of them lie beyond what it measured."""
 
-    def host_s(plan: StepPlan) -> float:
-        return card.host_step_s + card.host_request_s * len(plan.chunks)
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.steps = self.beyond = 0
+        self.reach = 0.0
 
-    return card.device_s, host_s
+    def device_s(self, spans: Spans, rows: int) -> float:
+        reach = self.card.reach(spans)
+        self.steps += 1
+        self.beyond += reach > 1
+        self.reach = max(self.reach, reach)
+        return self.card.device_s(spans, rows)
+
+    def host_s(self, plan: StepPlan) -> float:
+        return self.card.host_step_s + self.card.host_request_s * len(plan.chunks)
+
+    def forget(self) -> None:
+        """Count from here."""
+        self.steps = self.beyond = 0
+        self.reach = 0.0
+
+    @property
+    def error(self) -> float:
+        """Error bar of a step, relative; wider beyond the card's range."""
+        return self.card.residual * max(self.reach, 1.0)
+
+    def as_dict(self) -> dict[str, float]:
+        return {"steps": self.steps, "beyond_the_card": self.beyond, "reach": self.reach, "error": self.error}
+
+    def line(self) -> str:
+        """The error bar in words, and a mark where the card is left."""
+        said = f"by a card whose steps are off by {self.card.residual:.1%} (95th percentile)"
+        if not self.beyond:
+            return said
+        return (
+            f"{said}; BEYOND ITS RANGE: {self.beyond:,} of {self.steps:,} steps, up to {self.reach:.1f} times: expect "
+            f"{self.error:.0%} there, or calibrate with larger limits"
+        )
 
 
 @dataclass
@@ -107,21 +140,38 @@ def simulate(
     return Simulation(served, report(served, objectives), steps)
 
 
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One rate of a search: the share of requests within every objective, and the latencies."""
+
+    rate_per_s: float
+    share: float
+    ttft: Spread | None
+    tpot: Spread | None
+    e2e: Spread | None
+
+    def as_dict(self) -> dict[str, Any]:
+        spreads = {"ttft": self.ttft, "tpot": self.tpot, "e2e": self.e2e}
+        shown = {name: None if one is None else one.as_dict() for name, one in spreads.items()}
+        return {"rate_per_s": self.rate_per_s, "share": self.share, **shown}
+
+
 @dataclass(frozen=True)
 class Capacity:
     """The highest request rate at which `share` of requests meet every objective; 0 if none does.
 
-    tried: (rate, share that met) in the order of the search. best: figures at that rate, or, where no rate
-    meets them, at the lowest one tried: the best that can be reached.
+    tried: rates in the order of the search. best: figures at that rate, or, where no rate meets them, at the lowest one
+    tried: the best that can be reached. saturated: no rate is too high, because so few requests never queue.
     """
 
     rate_per_s: float
     share: float
-    tried: tuple[tuple[float, float], ...]
+    tried: tuple[Tried, ...]
     best: Report
+    saturated: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        tried = [{"rate_per_s": rate, "share": met} for rate, met in self.tried]
+        tried = [one.as_dict() for one in self.tried]
         return {"rate_per_s": self.rate_per_s, "share": self.share, "tried": tried, "best": self.best.as_dict()}
 
 
@@ -137,12 +187,12 @@ def capacity(
     progress: Callable[[int, int], None] | None = None,
 ) -> Capacity:
     """Bisect the Poisson rate. InvalidArgument, with the best reachable, if not even one request alone meets it."""
-    tried: list[tuple[float, float]] = []
+    tried: list[Tried] = []
 
     def run(rate: float) -> tuple[float, Report]:
         found = simulate(poisson(jobs, rate, seed), setting, seconds, host_s, objectives).report
         met = found.met / max(found.requests, 1)
-        tried.append((rate, met))
+        tried.append(Tried(rate, met, found.ttft, found.tpot, found.e2e))
         if progress is not None:
             progress(len(tried), TYPICAL_RUNS)
         return met, found
@@ -168,7 +218,7 @@ def capacity(
             break
         low, best = high, found
         if found.seconds and high > 4 * found.request_rate:  # arrivals no longer limit anything
-            return Capacity(found.request_rate, share, tuple(tried), best)
+            return Capacity(found.request_rate, share, tuple(tried), best, saturated=True)
     while high / low > 1 + precision:
         middle = (low * high) ** 0.5
         met, found = run(middle)
