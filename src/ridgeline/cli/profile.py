@@ -6,14 +6,18 @@ Knows options and tables. It must not know how anything is profiled (study/profi
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ridgeline.cli import options
+
+if TYPE_CHECKING:
+    from ridgeline.study.profile import ClassRow
 
 
 def command(
@@ -62,17 +66,38 @@ def command(
             f"a token: {sum(row.calls for row in run.operators) / run.tokens:.0f} operators; {copies}{joules}"
         )
         console.print(table)
-    rows = found.ops if operators else found.classes
+    console.print(operator_table(found.ops) if operators else class_table(found.classes))
+    for note in found.notes:
+        console.print(note, style="dim", highlight=False)
+
+
+def class_table(rows: Sequence[ClassRow]) -> Table:
+    """Shares of FLOPs and of time by class of operator."""
     table = Table(
-        "op" if operators else "class", "calls", "MFLOP", "MB in", "MB out", "µs", "% FLOP", "% time", "% peak", "MUE",
+        "class", "calls", "MFLOP", "MB in", "MB out", "µs", "% FLOP", "% time", "% peak", "MUE",
         title="a decode step of ridgeline",
     )  # fmt: skip
     for one in rows:
-        table.add_row(
-            one.name, f"{one.calls:.0f}", f"{one.cost.flops / 1e6:,.2f}", f"{one.cost.read_bytes / 1e6:,.2f}",
-            f"{one.cost.write_bytes / 1e6:,.3f}", f"{one.seconds * 1e6:,.0f}", f"{one.flop_share:.2%}",
-            f"{one.time_share:.1%}", f"{one.peak_share:.1%}", f"{one.mue:.0%}",
-        )  # fmt: skip
-    console.print(table)
-    for note in found.notes:
-        console.print(note, style="dim", highlight=False)
+        table.add_row(*_figures(one))
+    return table
+
+
+def operator_table(rows: Sequence[ClassRow]) -> Table:
+    """The same op by op, beside what each would move if it were not fused."""
+    table = Table(
+        "op", "calls", "MFLOP", "MB in", "MB out", "µs", "% FLOP", "% time", "% peak", "MUE", "MB unfused", "saved",
+        title="a decode step of ridgeline",
+        caption="unfused: if every intermediate (scores, sums, gates, rotated heads) passed through memory",
+    )  # fmt: skip
+    for one in rows:
+        unfused = one.cost.bytes if one.unfused_bytes is None else one.unfused_bytes
+        table.add_row(*_figures(one), f"{unfused / 1e6:,.2f}", f"{1 - one.cost.bytes / unfused:.1%}")
+    return table
+
+
+def _figures(one: ClassRow) -> tuple[str, ...]:
+    return (
+        one.name, f"{one.calls:.0f}", f"{one.cost.flops / 1e6:,.2f}", f"{one.cost.read_bytes / 1e6:,.2f}",
+        f"{one.cost.write_bytes / 1e6:,.3f}", f"{one.seconds * 1e6:,.0f}", f"{one.flop_share:.2%}",
+        f"{one.time_share:.1%}", f"{one.peak_share:.1%}", f"{one.mue:.0%}",
+    )  # fmt: skip

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ridgeline.core.cost import ZERO, Cost
+from ridgeline.core.step import Spans
 from ridgeline.engine.build import Built
 from ridgeline.perf.limit import LimitCurve, OwnProduct, measure_curve
 from ridgeline.perf.timer import TimedCall, Timer
 from ridgeline.study.explain import Watched
+from ridgeline.study.what_if import unfused_bytes
 from ridgeline.workload.arrivals import Job
 from ridgeline.workload.drive import drive, request_of
 
@@ -85,7 +87,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class ClassRow:
-    """All ops of a class, or one op, in the decode steps: shares of FLOPs and of time, and how near to the limit."""
+    """All ops of a class, or one op, in the decode steps: shares of FLOPs and of time, and how near to the limit.
+
+    unfused_bytes: what an op would move if its intermediates passed through memory; of ops alone, not of classes.
+    """
 
     name: str
     kind: str
@@ -96,6 +101,7 @@ class ClassRow:
     time_share: float
     peak_share: float
     mue: float
+    unfused_bytes: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -110,6 +116,7 @@ class ClassRow:
             "time_share": self.time_share,
             "peak_share": self.peak_share,
             "mue": self.mue,
+            "unfused_bytes": self.unfused_bytes,
         }
 
 
@@ -243,7 +250,7 @@ def _joules(device: torch.device) -> float | None:
 
 
 def _by_class(built: Built, prompt_len: int, output_len: int) -> tuple[tuple[ClassRow, ...], tuple[ClassRow, ...]]:
-    """The mean decode step, by class and by op."""
+    """The mean decode step, by class and by op; ops beside what they would move unfused."""
     device, dtype = torch.device(built.config.device), getattr(torch, built.config.dtype)
     panels = built.runner.model.layers[0].attention.qkv.weight.format == "panels"
     curve = measure_curve(device, dtype, OwnProduct(built.table.ops("prefill").linear, panels))
@@ -277,7 +284,11 @@ def _by_class(built: Built, prompt_len: int, output_len: int) -> tuple[tuple[Cla
     kinds = [kind for kind in CLASSES if any(call.kind == kind for call in calls)]
     by_class = tuple(row(kind, kind, [call for call in calls if call.kind == kind]) for kind in kinds)
     names = dict.fromkeys((call.op, call.kind) for call in calls)
-    by_op = tuple(row(name, kind, [call for call in calls if call.op == name]) for name, kind in names)
+    saved = unfused_bytes(built.price, Spans((1,), (prompt_len + output_len // 2,)))
+    by_op = []
+    for name, kind in names:
+        one = row(name, kind, [call for call in calls if call.op == name])
+        by_op.append(replace(one, unfused_bytes=one.cost.bytes + saved.get(name, 0.0)))
     return by_class, tuple(sorted(by_op, key=lambda one: -one.seconds))
 
 

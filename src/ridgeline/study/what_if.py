@@ -18,6 +18,7 @@ from ridgeline.ops import Op, Ops
 from ridgeline.ops.weight import Weight
 from ridgeline.perf.hardware import Hardware
 from ridgeline.perf.meter import Meter
+from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
 from ridgeline.study.plan import Planner
 from ridgeline.study.price_op import standard_attention
@@ -168,18 +169,27 @@ class _Study:
 
     def unfused_s(self, new: int, visible: int) -> float:
         """What a step takes longer if every intermediate of a fused op is written and read again."""
-        spec, element = self.planner.spec, self.planner.model.store.dtype.itemsize
-        tokens = new * self.batch
-        flash = self.planner.price.attention(Spans((new,) * self.batch, (visible,) * self.batch))
-        standard = standard_attention(self.batch, spec.heads, spec.kv_heads, new, visible, spec.head_dim, element)
-        moved = max(standard.bytes * spec.layers - flash.bytes, 0.0)
-        inner = spec.experts.intermediate * spec.experts.per_token if spec.experts else spec.intermediate
-        # A residual sum, a gate or activation, a rotation: each written and read once more, in every layer.
-        moved += (
-            spec.layers
-            * tokens
-            * element
-            * 2
-            * (2 * spec.hidden + inner + (spec.heads + spec.kv_heads) * spec.head_dim)
-        )
-        return self.roofline.memory_s(Cost(read_bytes=moved))
+        spans = Spans((new,) * self.batch, (visible,) * self.batch)
+        return self.roofline.memory_s(Cost(read_bytes=sum(unfused_bytes(self.planner.price, spans).values())))
+
+
+def unfused_bytes(price: Price, spans: Spans) -> dict[str, float]:
+    """Bytes that each fused op of a step saves: those of its intermediates, written and read once more.
+
+    attention: scores and probabilities of Algorithm 0, whose passes read Q, K and V no more often; norm: the sum with
+    the residual; gated_linear and moe: gate and up before their product; rope_kv_write: queries and keys turned.
+    """
+    spec, element = price.model.spec, price.model.store.dtype.itemsize
+    tokens = sum(spans.new)
+    standard = sum(
+        standard_attention(1, spec.heads, spec.kv_heads, new, visible, spec.head_dim, element).bytes
+        for new, visible in zip(spans.new, spans.visible)
+    )
+    inner = spec.experts.intermediate * spec.experts.per_token if spec.experts else spec.intermediate
+    twice = 2 * spec.layers * tokens * element
+    return {
+        "attention": max(standard * spec.layers - price.attention(spans).bytes, 0.0),
+        "norm": twice * 2 * spec.hidden,
+        "moe" if spec.experts else "gated_linear": twice * inner,
+        "rope_kv_write": twice * (spec.heads + spec.kv_heads) * spec.head_dim,
+    }
