@@ -17,7 +17,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	@$(VENV)/bin/ridgeline generate
+	@$(VENV)/bin/ridgeline generate --explain
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest tests -m "not slow and not gpu and not interpret"

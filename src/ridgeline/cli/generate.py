@@ -31,6 +31,8 @@ DEMO_PROMPT = '''class Stack:
 '''
 
 
+EXPLAINED_PROMPT, EXPLAINED_OUTPUT = 64, 64
+"""Tokens of the request whose decode steps are explained."""
 RECORD_START = b'{"line": '
 SHOWN_REFUSALS = 10
 
@@ -63,6 +65,9 @@ def command(
     load_format: options.LoadFormat = "auto",
     kernels: options.Kernels = "auto",
     attention_backend: options.AttentionBackend = "auto",
+    explained: Annotated[
+        bool, typer.Option("--explain", help="End with where a decode step's time goes (about two seconds more).")
+    ] = False,
     verbose: options.Verbose = False,
     as_json: options.Json = False,
 ) -> None:
@@ -88,6 +93,8 @@ def command(
         "stop": stop,
         "ignore_eos": ignore_eos,
     }
+    if explained and (file is not None or as_json):
+        raise InvalidArgument("explain", "goes with one PROMPT on a screen; `ridgeline explain --json` says more")
     jobs = None if file is None or output is None else _Jobs(file, output, sampling)
     from ridgeline.core.request import SamplingParams
 
@@ -117,6 +124,8 @@ def command(
             jobs.run(llm, as_json)
         else:
             _one(llm, prompt if prompt is not None else DEMO_PROMPT, params, as_json)
+            if explained:
+                _explain(llm.built, Console(stderr=True))
 
 
 def _one(llm: Any, prompt: str, params: Any, as_json: bool) -> None:
@@ -149,6 +158,25 @@ def _one(llm: Any, prompt: str, params: Any, as_json: bool) -> None:
             print(f"--- {completion.index} ({completion.finish_reason})\n{prompt}{completion.text}")
     print(flush=True)
     _print_speed(console, report)
+
+
+def _explain(built: Any, console: Console) -> None:
+    """Decode steps of a small workload on this very engine, split up: a short table and the worst offender."""
+    from ridgeline.cli.explain import short
+    from ridgeline.study.explain import MeasurementError, explain
+    from ridgeline.workload.arrivals import Job
+
+    longest = built.config.max_model_len
+    prompt = max(min(EXPLAINED_PROMPT, longest // 2), 1)
+    try:
+        steps = explain(built, [Job(prompt, max(min(EXPLAINED_OUTPUT, longest - prompt), 1))], rounds=1)
+    except MeasurementError as error:
+        console.print(f"no table: {error}", style="yellow", highlight=False)
+        return
+    for step in steps:
+        if step.kind == "decode":
+            console.print(short(step))
+            console.print(step.advice[0], highlight=False)
 
 
 def _print_speed(console: Console, report: Any) -> None:
