@@ -40,7 +40,8 @@ class _Server(uvicorn.Server):
 def bound(settings: ServerSettings) -> socket.socket:
     """The one listening socket. RidgelineError if the address is taken or not ours."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Named TCP: asyncio turns off delays of small writes only where the protocol is not left open.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
