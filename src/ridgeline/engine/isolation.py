@@ -1,7 +1,7 @@
 """Which request makes steps fail: found by letting halves of a failed step go alone.
 
 Knows an Engine that retreats, and requests. It must not know messages or what went wrong. A request is acquitted
-when it has brought a token; one that fails alone is condemned, and everyone else goes on as if nothing had been.
+when it has brought a token; one that keeps failing alone is condemned, and everyone else goes on as if nothing had been.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from ridgeline.core.request import FinishReason, Request
 from ridgeline.engine.engine import Engine
 from ridgeline.schedule import Event
 
+TRIES_ALONE = 3
+"""So often may a request fail alone: a passing fault (no memory just now) is nobody's guilt."""
 MOST_CONDEMNED = 3
 """So many condemned without one good step between: the engine is broken, not they."""
 
@@ -36,6 +38,7 @@ class Isolation:
         self._held: dict[str, Request] = {}
         self._searching = False
         self._condemned_in_a_row = 0
+        self._failed_alone: dict[str, int] = {}
 
     @property
     def has_work(self) -> bool:
@@ -112,6 +115,11 @@ class Isolation:
         self._trial = {}
         if len(suspects) == 1:
             guilty = suspects[0]
+            name = guilty.request_id
+            self._failed_alone[name] = self._failed_alone.get(name, 0) + 1
+            if self._failed_alone[name] < TRIES_ALONE:
+                self._groups.appendleft(suspects)
+                return None
             self._condemned_in_a_row += 1
             if self._condemned_in_a_row >= MOST_CONDEMNED:
                 raise EngineBroken(f"{MOST_CONDEMNED} requests failed alone, one after the other")
@@ -137,6 +145,7 @@ class Isolation:
                 self._admit(group)
                 return
         self._searching = False
+        self._failed_alone.clear()
         held, self._held = self._held, {}
         self._admit(held.values())
 

@@ -77,7 +77,7 @@ class Loop:
         self._prompts_told: dict[int, int] = {}
         self._record: StepRecord | None = None
         self._steps = 0
-        self._said_s = 0.0
+        self._beat_s = 0.0
         self._stopping = False
         self._grammars: Grammars | None = None
         self._compiler: ThreadPoolExecutor | None = None
@@ -96,16 +96,16 @@ class Loop:
             self._compiled()
             if self.isolation.has_work:
                 self._step()
-            if time.monotonic() - self._said_s >= self.beat_s:
+            if time.monotonic() - self._beat_s >= self.beat_s or (busy and not self.isolation.has_work):
                 self._beat()
 
     def _beat(self) -> None:
         cache = self.built.engine.scheduler.cache
         free = cache.free_blocks
+        self._beat_s = time.monotonic()
         self._say(Beat(self._steps, len(self.requests), free, cache.num_blocks - free))
 
     def _say(self, message: Message) -> None:
-        self._said_s = time.monotonic()
         self.channel.send(message)
 
     # What the owner says

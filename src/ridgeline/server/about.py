@@ -89,6 +89,7 @@ def router(state: State) -> APIRouter:
         }
         if facts is not None:
             body["settings"] = {name: value for name, value in facts.settings.items() if name != "model"}
+            body["vocabulary"] = facts.vocabulary
             body["memory"] = facts.memory
             body["load_s"] = facts.load_s
             body["chat_template"] = "checkpoint" if state.face and state.face.conversations.has_template else "plain"

@@ -114,9 +114,12 @@ class Edge:
 
     def _check(self, scope: Scope) -> None:
         settings, headers = self._settings, scope["headers"]
-        if self._keys and scope["raw_path"] not in OPEN_PATHS:
+        raw_path: bytes = scope["raw_path"]
+        if self._keys and raw_path not in OPEN_PATHS:
             scope[_KEY] = self._authorized(scope)
-        size = sum(len(name) + len(value) + 4 for name, value in headers) + len(scope["raw_path"])
+        if b"%" in raw_path and not raw_path.startswith(b"/v1/models/"):
+            raise ApiError(404, "there is nothing at this path", None, "not_found")  # no path has two spellings
+        size = sum(len(name) + len(value) + 4 for name, value in headers) + len(raw_path)
         size += len(scope["query_string"])
         if size > settings.max_header_bytes or len(headers) > settings.max_headers:
             raise ApiError(
