@@ -12,7 +12,20 @@ from rich.console import Console
 from rich.text import Text
 
 from ridgeline import __version__
-from ridgeline.cli import bench, bench_serving, calibrate, explain, generate, kernels, plan, price, profile, serve, simulate
+from ridgeline.cli import (
+    bench,
+    bench_serve,
+    bench_serving,
+    calibrate,
+    explain,
+    generate,
+    kernels,
+    plan,
+    price,
+    profile,
+    serve,
+    simulate,
+)
 from ridgeline.core.errors import RidgelineError
 
 application = typer.Typer(
@@ -25,6 +38,7 @@ application = typer.Typer(
 application.command("generate")(generate.command)
 application.add_typer(kernels.application)
 bench.application.command("throughput")(bench_serving.command)
+bench.application.command("serve")(bench_serve.command)
 application.add_typer(bench.application)
 application.command("calibrate")(calibrate.command)
 application.command("explain")(explain.command)

@@ -65,8 +65,8 @@ def jobs_of(
     return at_once(jobs) if math.isinf(request_rate) else gamma(jobs, request_rate, burstiness, seed)
 
 
-def report_table(report: Report, title: str) -> Table:
-    """What users felt, with the formula beside each number."""
+def report_table(report: Report, title: str, failed: str = "refused: longer than the context") -> Table:
+    """What users felt, with the formula beside each number. failed: why requests failed, if any did."""
     from ridgeline.cli.figures import milliseconds
     from ridgeline.workload.measure import FORMULAS
 
@@ -82,5 +82,5 @@ def report_table(report: Report, title: str) -> Table:
         goal = ", ".join(f"{name} ≤ {milliseconds(limit)}" for name, limit in report.objectives.items())
         table.add_row("goodput", f"{report.goodput:,.2f}", "", "", "", f"{FORMULAS['goodput']} ({goal})")
     if report.failed:
-        table.add_row("failed", str(report.failed), "", "", "", "refused: longer than the context")
+        table.add_row("failed", str(report.failed), "", "", "", failed)
     return table

@@ -7,6 +7,7 @@ client spends on a piece of an answer is taken from the server that it measures,
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -168,7 +169,8 @@ class Client:
                 address.host, address.port, ssl=self._context, limit=max(MOST_LINE_BYTES, 4 * PIECE_BYTES)
             )
         except OSError as error:
-            raise HttpError(f"no connection to {address} ({error.strerror or type(error).__name__})") from None
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error) or type(error).__name__
+            raise HttpError(f"no connection ({reason})") from None
         return _Connection(reader, writer)
 
     def give_back(self, connection: _Connection, keep: bool) -> None:
