@@ -34,6 +34,7 @@ class Served:
             env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         )
         self.log: list[str] = []
+        self.log_closes = False
         self._listening = threading.Event()
         self.port = 0
         threading.Thread(target=self._read, daemon=True).start()
@@ -46,6 +47,9 @@ class Served:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for raw in self.process.stderr:
+            if self.log_closes:
+                self.process.stderr.close()
+                return
             line = raw.decode("utf-8", "replace")
             self.log.append(line)
             if '"message": "listening"' in line:

@@ -87,9 +87,7 @@ def test_3_lengths_that_are_none(server: Served, length: str) -> None:
     assert status_of(server.raw(head(f"Content-Length: {length}") + b"{}")) == 400
 
 
-@pytest.mark.parametrize(
-    "junk", [b"\x00\x01\x02\r\n\r\n", b"hello\r\n\r\n", b"GET /\r\n\r\n"]
-)
+@pytest.mark.parametrize("junk", [b"\x00\x01\x02\r\n\r\n", b"hello\r\n\r\n", b"GET /\r\n\r\n"])
 def test_what_is_no_http_is_refused(server: Served, junk: bytes) -> None:
     assert status_of(server.raw(junk)) == 400
 

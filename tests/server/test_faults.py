@@ -1,0 +1,233 @@
+"""What happens when the engine goes wrong: one bad request, a dead process, a hung one, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served import CANARY, Served, children, events, served
+from test_inputs import is_refusal
+
+COMPLETIONS = "/v1/completions"
+SMALL = ("--max-num-seqs", "16", "--kv-cache-memory-bytes", "200000000")
+POISON = 3000
+"""A token that steps will not survive."""
+SLOW = {**CANARY, "max_tokens": 60, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    limits = ("watchdog_s=1.5", "backoff_s=0.05", "max_restarts=100", "ready_silence_s=0.8")
+    with served(*SMALL, *(part for limit in limits for part in ("--set", limit))) as running:
+        yield running
+
+
+def at_once(server: Served, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(lambda body: server.post(COMPLETIONS, body), bodies))
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_36_a_request_that_fails_fails_alone(sound: Served, place: int) -> None:
+    """Six good ones beside it finish with the tokens that they always have."""
+    good = [{**CANARY, "prompt": f"def f{number}(x):", "max_tokens": 20} for number in range(6)]
+    want = [one.json()["choices"][0]["text"] for one in at_once(sound, good)]
+    sound.fault("token", POISON)
+    bad = {**CANARY, "prompt": [0, 5, POISON, 7]}
+    answers = at_once(sound, [*good[:place], bad, *good[place:]])
+    is_refusal(answers.pop(place), 500, code="internal_error")
+    assert [one.status_code for one in answers] == [200] * 6
+    assert [one.json()["choices"][0]["text"] for one in answers] == want
+    assert sound.info()["restarts"] == 0 or place  # the process lives on
+    if place == 6:
+        samples = at_once(sound, [{**bad, "n": 3, "temperature": 1.0}, good[0]])
+        is_refusal(samples[0], 500, code="internal_error")
+        assert samples[1].json()["choices"][0]["text"] == want[0]
+
+
+@pytest.mark.parametrize("kind", ["raise", "memory"])
+def test_38_a_step_that_fails_once_changes_nothing(sound: Served, kind: str) -> None:
+    bodies = [
+        {**CANARY, "prompt": f"def g{number}(x):", "max_tokens": 24, "echo": True, "logprobs": 1} for number in range(5)
+    ]
+    want = [one.json()["choices"] for one in at_once(sound, bodies)]
+    sound.fault(kind, 2)
+    answers = at_once(sound, bodies)
+    assert [one.status_code for one in answers] == [200] * 5
+    for have, wanted in zip(answers, want):
+        assert have.json()["choices"][0]["text"] == wanted[0]["text"]
+        assert have.json()["choices"][0]["logprobs"]["tokens"] == wanted[0]["logprobs"]["tokens"]
+
+
+def restarted(server: Served, before: int) -> None:
+    limit = time.monotonic() + 15
+    while server.info()["restarts"] == before:
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    server.wait_ready(15)
+
+
+def test_37_a_killed_engine_is_replaced(sound: Served) -> None:
+    """Who has been told something hears of it; who has not notices nothing."""
+    want = sound.post(COMPLETIONS, SLOW).json()["choices"][0]["text"]
+    sound.fault("slow", 20)
+    before = sound.info()["restarts"]
+    streamed: list[str] = []
+
+    def stream() -> None:
+        streamed.append(sound.post(COMPLETIONS, {**SLOW, "stream": True}).text)
+
+    one = threading.Thread(target=stream)
+    one.start()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(sound.post, COMPLETIONS, SLOW) for _ in range(4)]
+        time.sleep(0.4)
+        began = time.monotonic()
+        os.kill(sound.info()["engine_pid"], signal.SIGKILL)
+        while sound.client.get("/ready").status_code == 200:
+            assert time.monotonic() - began < 2
+        refused = sound.post(COMPLETIONS, CANARY)
+        is_refusal(refused, 503, code="starting")
+        assert refused.headers["retry-after"]
+        assert sound.client.get("/health").status_code == 200
+        restarted(sound, before)
+        answers = [done.result(20) for done in waiting]
+    one.join(20)
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == [want] * 4
+    assert events(streamed[0])[-1]["error"]["code"] == "engine_restarted"
+
+
+def test_37_a_request_that_kills_twice_is_not_sent_a_third_time(sound: Served) -> None:
+    before = sound.info()["restarts"]
+    with ThreadPoolExecutor(1) as pool:
+        sound.fault("slow", 50)
+        bad = pool.submit(sound.post, COMPLETIONS, SLOW)
+        time.sleep(0.3)
+        os.kill(sound.info()["engine_pid"], signal.SIGKILL)
+        restarted(sound, before)
+        sound.fault("slow", 50)
+        time.sleep(0.2)
+        os.kill(sound.info()["engine_pid"], signal.SIGKILL)
+        is_refusal(bad.result(20), 500, code="engine_restarted")
+    restarted(sound, before + 1)
+
+
+def test_37_a_hung_engine_is_noticed_and_replaced(sound: Served) -> None:
+    before = sound.info()["restarts"]
+    want = sound.canary()
+    sound.fault("hang")
+    with ThreadPoolExecutor(1) as pool:
+        caught = pool.submit(sound.post, COMPLETIONS, CANARY)
+        began = time.monotonic()
+        while sound.client.get("/ready").status_code == 200:
+            assert time.monotonic() - began < 2.5
+            time.sleep(0.02)
+        restarted(sound, before)
+        assert caught.result(20).json()["choices"][0]["text"] == want
+
+
+def test_39_a_dead_grammar_child_is_replaced(sound: Served) -> None:
+    body = {"model": "ridgeline", "messages": [{"role": "user", "content": "a"}], "max_tokens": 8,
+            "response_format": {"type": "json_object"}}  # fmt: skip
+    assert sound.post("/v1/chat/completions", body).status_code == 200
+    killed = 0
+    for pid in children(sound.process.pid):
+        if b"grammar_child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+    assert killed == 1
+    body["response_format"] = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "boolean"}}}
+    answer = sound.post("/v1/chat/completions", body)
+    assert answer.json()["choices"][0]["message"]["content"].strip() in ("true", "false")
+
+
+def test_39_a_closed_log_stops_nobody() -> None:
+    with served(*SMALL) as server:
+        want = server.canary()
+        server.log_closes = True  # with the next line: whoever writes then gets a broken pipe
+        for _ in range(5):
+            assert server.canary() == want
+        assert server.process.stderr is not None
+        assert server.process.stderr.closed
+        assert server.stop() == 0
+
+
+def test_35_sigterm_lets_requests_finish() -> None:
+    with served(*SMALL, "--drain-timeout", "8") as server:
+        want = server.post(COMPLETIONS, SLOW).json()["choices"][0]["text"]
+        server.fault("slow", 15)
+        with ThreadPoolExecutor(2) as pool:
+            whole = pool.submit(server.post, COMPLETIONS, SLOW)
+            parts = pool.submit(server.post, COMPLETIONS, {**SLOW, "stream": True})
+            time.sleep(0.3)
+            below = children(server.process.pid)
+            assert below
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+            is_refusal(server.client.get("/ready"), 503, code="shutting_down")
+            late = server.post(COMPLETIONS, CANARY)
+            is_refusal(late, 503, code="shutting_down")
+            assert late.headers["retry-after"]
+            assert whole.result(10).json()["choices"][0]["text"] == want
+            told = events(parts.result(10).text)
+        assert "".join(one["choices"][0]["text"] for one in told) == want
+        assert server.process.wait(10) == 0
+        assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+
+
+def test_35_who_takes_longer_than_the_drain_is_told() -> None:
+    with served(*SMALL, "--drain-timeout", "0.5") as server:
+        server.fault("slow", 50)
+        with ThreadPoolExecutor(1) as pool:
+            parts = pool.submit(server.post, COMPLETIONS, {**SLOW, "stream": True})
+            time.sleep(0.4)
+            server.process.send_signal(signal.SIGTERM)
+            told = events(parts.result(10).text)
+        assert told[-1]["error"]["code"] == "shutting_down"
+        assert server.process.wait(10) == 0
+
+
+def test_35_a_second_signal_ends_at_once() -> None:
+    with served(*SMALL) as server:
+        server.fault("slow", 100)
+        with ThreadPoolExecutor(1) as pool:
+            going = pool.submit(_quietly, httpx.Client(base_url=server.url, timeout=20))
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(10)
+            assert time.monotonic() - began < 4
+            going.result(10)
+
+
+def _quietly(client: httpx.Client) -> None:
+    with contextlib.suppress(httpx.TransportError):
+        client.post(COMPLETIONS, json={**SLOW, "max_tokens": 1000})
+
+
+def test_37_an_engine_that_keeps_dying_is_given_up() -> None:
+    with served(*SMALL, "--set", "max_restarts=1", "--set", "backoff_s=0.05") as server:
+        for _ in range(2):
+            server.wait_ready()
+            pid = server.info()["engine_pid"]
+            os.kill(pid, signal.SIGKILL)
+            limit = time.monotonic() + 5
+            while time.monotonic() < limit and server.process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if server.info()["engine_pid"] != pid:
+                        break
+                time.sleep(0.02)
+        assert server.process.wait(15) == 1
+        assert "died" in server.log[-1]
+        assert "Traceback" not in "".join(server.log)
