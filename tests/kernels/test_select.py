@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +18,12 @@ from ridgeline.ops.op import Kernel, anywhere, cuda
 GPU = torch.device("cuda")
 
 
-def kernel(name: str, capability: int, reason: str | None = None) -> Kernel:
-    return Kernel(name, cuda(capability), lambda *_, **__: name, lambda *_, **__: reason)
+def kernel(name: str, capability: int, reason: str | None = None, steady: bool = False) -> Kernel:
+    def invariant(*_: object, **__: object) -> str:
+        return f"{name}, steady"
+
+    call = Kernel(name, cuda(capability), lambda *_, **__: name, lambda *_, **__: reason)
+    return replace(call, invariant=invariant) if steady else call
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +108,50 @@ def test_the_reference_is_never_taken_silently_on_a_gpu(monkeypatch: pytest.Monk
         select(GPU, trace)
     cpu: Any = select(torch.device("cpu"), trace)
     assert set(served(cpu).values()) == {"reference"}
+
+
+def test_what_must_not_depend_on_neighbours_is_served_by_one_kernel_that_promises_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`decode` promises it too, but is not for prefills, and another one's bits would differ."""
+    for name in ("decode", "triton"):
+        monkeypatch.setitem(attention.kernels, name, kernel(name, 80, steady=True))
+    table = select(GPU, trace, invariant=True)
+    assert served(table) == dict.fromkeys(CLASSES_OF_WORK, "triton")
+    assert table.ops("decode").attention() == "triton, steady"  # type: ignore[attr-defined]
+    refused = table.rows[0].refused
+    assert refused["decode"] == "serves decode, mixed alone, and all work must be served alike"
+    assert "not batch-invariant" in refused["sm90"]
+    assert table.rows[0].reason == "the best that accepts, batch-invariant"
+    assert served(select(GPU, trace))["decode"] == "decode"
+    named = select(GPU, trace, rungs={"attention": ["decode"]}, invariant=True)
+    assert served(named) == dict.fromkeys(CLASSES_OF_WORK, "decode")
+    assert named.ops("prefill").attention() == "decode, steady"  # type: ignore[attr-defined]
+
+
+def test_a_kernel_that_refuses_one_class_of_work_serves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object, **arguments: Any) -> str | None:
+        return "q: too long" if arguments["q"].shape[0] > 1 else None
+
+    for name in ("v2", "triton"):
+        monkeypatch.setitem(attention.kernels, name, kernel(name, 80, steady=True))
+    monkeypatch.setitem(attention.kernels, "v2", replace(attention.kernels["v2"], accepts=short))
+
+    def by_work(work: str, ops: Ops) -> None:
+        new = 1 if work == "decode" else 4
+        ops.attention(**attention_inputs("meta", torch.bfloat16, 4, 2, 64, 16, None, (new,), (5,)))  # type: ignore[attr-defined]
+
+    assert served(select(GPU, by_work, invariant=True)) == dict.fromkeys(CLASSES_OF_WORK, "triton")
+
+
+def test_what_promises_nothing_is_refused_by_name() -> None:
+    with pytest.raises(KernelRefused, match=r"sm90 for attention \(decode\) was asked for .* is not batch-invariant"):
+        select(GPU, trace, rungs={"attention": ["sm90"]}, invariant=True)
+    with pytest.raises(KernelRefused, match=r"reference: is not batch-invariant"):
+        select(GPU, trace, "reference", invariant=True)
+    with pytest.raises(
+        KernelRefused, match=r"no kernel of attention .* on this cuda device is batch-invariant: decode"
+    ):
+        select(GPU, trace, invariant=True)
+    with pytest.raises(KernelRefused, match=r"on this cpu device is batch-invariant: none is registered"):
+        select(torch.device("cpu"), trace, invariant=True)

@@ -214,6 +214,21 @@ def test_the_cpu_kernels_are_batch_invariant_as_asked(tiny: Path) -> None:
         assert {row.kernel for row in llm.built.table.rows if row.op == "linear"} == {"cpu"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"attention_backend": "blocked"}, "blocked: is not batch-invariant"),
+        ({"dtype": "float16"}, "cpu: "),
+        ({"kernels": "reference"}, "reference: is not batch-invariant"),
+    ],
+    ids=str,
+)
+def test_what_is_not_batch_invariant_is_named(tiny: Path, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidArgument, match=named) as caught:
+        LLM(tiny, batch_invariant=True, **settings)
+    assert caught.value.parameter == "batch_invariant"
+
+
 def test_an_unknown_setting_names_the_nearest(tiny: Path) -> None:
     with pytest.raises(InvalidArgument, match="did you mean max_model_len") as caught:
         LLM(tiny, max_modellen=5)

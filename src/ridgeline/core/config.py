@@ -50,8 +50,12 @@ class EngineConfig:
     kernels: which family of kernels serves ("auto": the best that accepts).
     attention_backend: which kernel of attention serves, whatever `kernels` says: a rung of docs/attention.md,
         or several with commas between, of which each class of work takes the first that accepts.
-    batch_invariant: insist that a row never depends on its neighbours, to the bit. The CPU kernels give that
-        anyway; where it cannot be had (GPUs, reference kernels) it is refused.
+    batch_invariant: insist that a row never depends on its neighbours, to the bit: a seeded request then gives the
+        same tokens alone, in any batch, with its prompt whole or in chunks, computed or found in the prefix cache. The
+        CPU kernels give that anyway. On a GPU the Triton kernels serve all matrix products and attention, in tiles and
+        pieces of keys that no batch changes, which costs speed (docs/log.md) and a workspace that grows with
+        max_num_seqs * max_model_len. What cannot give it (kernels or an attention_backend named beside it, float16 on
+        a CPU) is refused.
     max_logprobs: most alternatives that a request may ask for.
     speculative_config: None.
     """
@@ -179,6 +183,7 @@ class Resolved:
     scheduling_policy: str
     seed: int
     max_logprobs: int
+    batch_invariant: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 

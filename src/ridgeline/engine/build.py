@@ -17,7 +17,7 @@ import torch
 
 from ridgeline.core.clock import WallClock
 from ridgeline.core.config import EngineConfig, MemoryLedger, Resolved
-from ridgeline.core.errors import CheckpointError, DoesNotFit, InvalidArgument, UnsupportedModel
+from ridgeline.core.errors import CheckpointError, DoesNotFit, InvalidArgument, KernelRefused, UnsupportedModel
 from ridgeline.core.request import SamplingParams
 from ridgeline.core.step import Chunk, Sampling, Spans, StepPlan
 from ridgeline.engine.engine import Engine
@@ -230,12 +230,18 @@ def _price_and_table(config: EngineConfig, spec: ModelSpec, resolved: Resolved) 
     if _packs(config, resolved):
         pack(shadow.store)
     price = Price(shadow, resolved.block_size, dtype)
-    table = select(
-        torch.device(resolved.device),
-        lambda work, ops: _trace(price, work, resolved, ops),
-        config.kernels,
-        config.rungs,
-    )
+    try:
+        table = select(
+            torch.device(resolved.device),
+            lambda work, ops: _trace(price, work, resolved, ops),
+            config.kernels,
+            config.rungs,
+            invariant=config.batch_invariant,
+        )
+    except KernelRefused as refusal:
+        if config.batch_invariant:
+            raise InvalidArgument("batch_invariant", f"cannot be had with these settings: {refusal}") from refusal
+        raise
     return price, table
 
 
@@ -258,14 +264,6 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
     dtype = config.dtype
     if dtype == "auto":
         dtype, reasons["dtype"] = _auto_dtype(spec, kind)
-    own = config.kernels in ("auto", "cpu") and config.attention_backend in ("auto", "cpu")
-    if config.batch_invariant and (kind != "cpu" or not own or dtype == "float16"):
-        raise InvalidArgument(
-            "batch_invariant",
-            f"is not available with kernels={config.kernels!r} and attention_backend={config.attention_backend!r} "
-            f"on {device} in {dtype}: only the CPU kernels, in float32 and bfloat16, keep a row "
-            "from depending on its neighbours",
-        )
     longest = spec.max_positions
     if spec.rope is not None and spec.rope.kind in ("linear", "dynamic", "yarn"):
         longest = max(longest, int(spec.rope.original_positions * spec.rope.factor))
@@ -309,6 +307,7 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
         scheduling_policy=config.scheduling_policy,
         seed=seed,
         max_logprobs=config.max_logprobs,
+        batch_invariant=config.batch_invariant,
         reasons=reasons,
     )
 
@@ -452,21 +451,28 @@ def _activation_bytes(resolved: Resolved, spec: ModelSpec, price: Price, table: 
 def _measured_activations(
     resolved: Resolved, model: Decoder, layout: KVLayout, table: Table, device: torch.device
 ) -> int:
-    """Run the largest step once over a few scratch blocks and read the allocator's peak."""
+    """Run the largest steps once over a few scratch blocks and read the allocator's peak.
+
+    A batch-invariant step's workspace grows with the length of its longest request, so those are of full length.
+    """
     length = min(resolved.max_num_batched_tokens, resolved.max_model_len)
     blocks = layout.blocks_for(length)
+    table_of = [block % blocks for block in range(layout.blocks_for(resolved.max_model_len))]
     pages = Pages(layout, blocks, device, model.store.dtype)
     runner = Runner(model, pages, table, device, layout.block_size)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    for count, tokens in (
-        (max(resolved.max_num_batched_tokens // length, 1), length),
-        (min(resolved.max_num_seqs, resolved.max_num_batched_tokens), 1),
-    ):
-        params = SamplingParams(temperature=1.0, top_p=0.9)
-        sampling = Sampling(params, 0, tokens, [0] * tokens, tokens)
-        chunks = tuple(Chunk(str(i), [0] * tokens, 0, range(blocks), sampling) for i in range(count))
-        runner.run(StepPlan(0, chunks))
+    rows = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+    steps = [[length] * max(resolved.max_num_batched_tokens // length, 1), [1] * rows]
+    if resolved.batch_invariant:
+        steps.append([min(resolved.max_num_batched_tokens - rows + 1, length)] + [1] * (rows - 1))
+    for step in steps:
+        chunks = []
+        for name, tokens in enumerate(step):
+            sampling = Sampling(SamplingParams(temperature=1.0, top_p=0.9), 0, tokens, [0] * tokens, tokens)
+            start = resolved.max_model_len - tokens if resolved.batch_invariant else 0
+            chunks.append(Chunk(str(name), [0] * tokens, start, table_of, sampling))
+        runner.run(StepPlan(0, tuple(chunks)))
     peak = torch.cuda.max_memory_allocated(device) - before
     del runner, pages
     torch.cuda.empty_cache()

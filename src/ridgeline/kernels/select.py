@@ -7,6 +7,9 @@ kernels' names and order. It must not know models: the caller hands in a functio
 Order of families: reference < torch < triton < cuda on GPUs; reference < cpu on CPUs. On a GPU the
 reference is never taken silently. An op may have several kernels of a family, each best at one class of
 work: rungs of a ladder. Any rung can be asked for by its name, those that are there to teach only so.
+
+Where a row's bits must not depend on its neighbours (batch_invariant), only kernels serve that promise it, and
+one and the same for all classes of work: a token's neighbours decide which class its step is of.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -69,11 +73,14 @@ class Table:
         return self.by_work[work]
 
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 class _Calls:
     """An observer that keeps the arguments of each op call (meta tensors, so they weigh nothing)."""
 
     def __init__(self) -> None:
-        self.calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.calls: dict[str, list[Arguments]] = {}
 
     def before(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls.setdefault(op.name, []).append((args, kwargs))
@@ -107,13 +114,16 @@ def select(
     wanted: str = "auto",
     rungs: Mapping[str, Sequence[str]] | None = None,
     works: Sequence[str] = CLASSES_OF_WORK,
+    invariant: bool = False,
 ) -> Table:
     """Choose kernels for a device.
 
     trace(work, ops) runs the forward pass and the sampling of a step of that class of work on meta
     tensors. wanted: "auto", or a family of kernels to be used wherever it exists ("reference" included).
     rungs: op -> kernels by name, of which the first that accepts serves, whatever `wanted` says.
-    Raises KernelRefused if what was named refuses a call or is not there, or if a GPU is left with a reference.
+    invariant: no row's bits may depend on its neighbours.
+    Raises KernelRefused if what was named refuses a call or is not there, if a GPU is left with a reference, or
+    if nothing keeps rows apart that must be.
     """
     rungs = rungs or {}
     if wanted not in ("auto", "reference", *ORDER[device.type]):
@@ -124,20 +134,34 @@ def select(
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         capability = 10 * major + minor
+    traced = {work: _traced(trace, work) for work in works}
     rows: list[Choice] = []
     by_work: dict[str, Ops] = {}
-    for work in works:
-        calls = _Calls()
-        trace(work, Ops({}, calls))
+    for work, calls in traced.items():
         kernels: dict[str, Callable[..., Any]] = {}
-        for name, seen in calls.calls.items():
-            wish = _wish(REGISTRY[name], work, device.type, wanted, tuple(rungs.get(name, ())))
-            choice, kernel = _choose(REGISTRY[name], seen, work, device.type, capability, wish)
+        for name, seen in calls.items():
+            wishes = {
+                one: _wish(REGISTRY[name], one, device.type, wanted, tuple(rungs.get(name, ())))
+                for one in (works if invariant else (work,))
+                if name in traced[one]
+            }
+            if invariant:
+                seen = [call for one in wishes for call in traced[one][name]]
+            case = _Case(REGISTRY[name], work, device.type, capability, seen, invariant)
+            choice, kernel = _choose(case, _common(wishes))
             rows.append(choice)
             if kernel is not None:
-                kernels[name] = kernel.call
+                call = kernel.invariant if invariant else kernel.call
+                assert call is not None
+                kernels[name] = call
         by_work[work] = Ops(kernels)
     return Table(tuple(rows), by_work)
+
+
+def _traced(trace: Callable[[str, Ops], None], work: str) -> dict[str, list[Arguments]]:
+    calls = _Calls()
+    trace(work, Ops({}, calls))
+    return calls.calls
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -145,10 +169,23 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class _Wish(NamedTuple):
-    """Kernels to be tried, best first, and who asked for them (None: nobody)."""
+    """Kernels to be tried, best first, and who asked for them (None: nobody). apart: kernels that are for other
+    classes of work -> for which ones."""
 
     names: tuple[str, ...]
     asked: str | None
+    apart: Mapping[str, str] = MappingProxyType({})
+
+
+class _Case(NamedTuple):
+    """An op's calls in a class of work, and what the device and the user ask of a kernel for them."""
+
+    op: Op
+    work: str
+    device: str
+    capability: int
+    calls: list[Arguments]
+    invariant: bool
 
 
 def _wish(op: Op, work: str, device: str, wanted: str, rungs: tuple[str, ...]) -> _Wish:
@@ -168,39 +205,53 @@ def _wish(op: Op, work: str, device: str, wanted: str, rungs: tuple[str, ...]) -
     return _Wish(tuple(every), None)
 
 
+def _common(wishes: Mapping[str, _Wish]) -> _Wish:
+    """What is wished for in every class of work, in the order of the first."""
+    first = next(iter(wishes.values()))
+    homes = {name: [work for work, wish in wishes.items() if name in wish.names] for name in first.names}
+    apart = {name: _listed(works) for name, works in homes.items() if len(works) < len(wishes)}
+    return _Wish(tuple(name for name in first.names if name not in apart), first.asked, apart)
+
+
 def _family(op: Op, family: str, work: str) -> tuple[str, ...]:
     return RUNGS.get((op.name, family), {}).get(work, (family,))
 
 
-def _choose(
-    op: Op,
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
-    work: str,
-    device: str,
-    capability: int,
-    wish: _Wish,
-) -> tuple[Choice, Kernel | None]:
-    refused: dict[str, str] = {}
+def _choose(case: _Case, wish: _Wish) -> tuple[Choice, Kernel | None]:
+    op, work = case.op, case.work
+    refused = {name: f"serves {works} alone, and all work must be served alike" for name, works in wish.apart.items()}
     why = "the best that accepts" if wish.asked is None else "asked for"
+    if case.invariant:
+        why += ", batch-invariant"
     for name in wish.names:
-        if name == "reference":
-            return Choice(op.name, work, name, why, refused), None
-        kernel = op.kernels[name]
-        reason = kernel.need.refuse(device, capability) or _refusal(kernel, calls)
+        kernel = None if name == "reference" else op.kernels[name]
+        reason = _lets_rows_meet(case, kernel) if case.invariant else None
+        if kernel is not None:
+            reason = kernel.need.refuse(case.device, case.capability) or reason or _refusal(kernel, case.calls)
         if reason is None:
             return Choice(op.name, work, name, why, refused), kernel
         refused[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "none is registered"
     if wish.asked is not None:
         raise KernelRefused(f"{wish.asked} for {op.name} ({work}) was asked for and refuses: {listed}")
-    if device == "cuda":
+    if case.invariant and _lets_rows_meet(case, None):
+        raise KernelRefused(
+            f"no kernel of {op.name} ({work}) on this {case.device} device is batch-invariant: {listed}"
+        )
+    if case.device == "cuda":
         raise KernelRefused(
             f"no kernel serves {op.name} ({work}) on this GPU ({listed}); kernels='reference' runs plain torch"
         )
     return Choice(op.name, work, "reference", "no kernel accepts" if refused else "no kernel exists", refused), None
 
 
-def _refusal(kernel: Kernel, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> str | None:
+def _lets_rows_meet(case: _Case, kernel: Kernel | None) -> str | None:
+    """Why a kernel (None: the reference) is not batch-invariant, or None if it is."""
+    kept = case.op.by_rows and case.device == "cpu" if kernel is None else kernel.invariant is not None
+    return None if kept else "is not batch-invariant: the bits of a row may depend on its neighbours"
+
+
+def _refusal(kernel: Kernel, calls: list[Arguments]) -> str | None:
     if kernel.accepts is None:
         return None
     for args, kwargs in calls:

@@ -16,7 +16,7 @@ from ridgeline.ops.op import Tolerance, cuda, op
 from ridgeline.ops.weight import PANEL, Weight, nbytes
 
 
-@op("movement", float32=Tolerance(0, 0), bfloat16=Tolerance(0, 0), float16=Tolerance(0, 0))
+@op("movement", by_rows=True, float32=Tolerance(0, 0), bfloat16=Tolerance(0, 0), float16=Tolerance(0, 0))
 def embed(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
     """Rows `ids` of the table: ids [T] integers, weight [vocabulary, D] -> [T, D].
 
@@ -42,4 +42,4 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
         }
 
 
-embed.kernel("torch", needs=cuda(0))(embed.reference)
+embed.kernel("torch", needs=cuda(0), invariant=True)(embed.reference)

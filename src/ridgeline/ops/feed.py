@@ -15,7 +15,7 @@ from ridgeline.ops.op import Tolerance, cuda, op
 from ridgeline.ops.weight import nbytes
 
 
-@op("movement", float32=Tolerance(0, 0))
+@op("movement", by_rows=True, float32=Tolerance(0, 0))
 def feed(ids: torch.Tensor, sources: torch.Tensor, sampled: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Token ids with those filled in that were sampled a step ago.
 
@@ -45,4 +45,4 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
         }
 
 
-feed.kernel("torch", needs=cuda(0))(feed.reference)
+feed.kernel("torch", needs=cuda(0), invariant=True)(feed.reference)

@@ -14,7 +14,7 @@ from ridgeline.core.cost import Cost
 from ridgeline.ops.op import Tolerance, cuda, op
 
 
-@op("movement", float32=Tolerance(0, 0), bfloat16=Tolerance(0, 0), float16=Tolerance(0, 0))
+@op("movement", by_rows=True, float32=Tolerance(0, 0), bfloat16=Tolerance(0, 0), float16=Tolerance(0, 0))
 def kv_move(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.Tensor) -> None:
     """Copy blocks source[i] -> target[i] in every pages tensor [blocks, Hk, block, D], in place.
 
@@ -39,4 +39,4 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
     }
 
 
-kv_move.kernel("torch", needs=cuda(0))(kv_move.reference)
+kv_move.kernel("torch", needs=cuda(0), invariant=True)(kv_move.reference)

@@ -38,7 +38,7 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
         yield {"gate_up": torch.randn(tokens, 2 * inner, device=device, dtype=dtype), "activation": activation}
 
 
-gate.kernel("torch", needs=cuda(0))(gate.reference)
+gate.kernel("torch", needs=cuda(0), invariant=True)(gate.reference)
 
 
 @op("contraction", float32=Tolerance(1e-4, 1e-5), bfloat16=Tolerance(2e-2, 2e-2), float16=Tolerance(4e-3, 4e-3))

@@ -65,6 +65,8 @@ class Kernel:
     tensors, so it must look at shapes, dtypes and plain values only.
     traffic: Cost that this kernel really moves for these arguments, never below the floor; None if
     nobody has worked it out.
+    invariant: the call that keeps a promise: a row's bits follow from that row's own data, whatever other rows
+    a call holds and however a sequence was cut into calls. `call` itself, a slower way, or None if there is none.
     """
 
     name: str
@@ -72,19 +74,21 @@ class Kernel:
     call: Callable[..., Any]
     accepts: Callable[..., str | None] | None = None
     traffic: Callable[..., Cost] | None = None
+    invariant: Callable[..., Any] | None = None
 
 
 class Op:
     """An op under its name; calling it runs the reference.
 
     kind is one of CLASSES (Ivanov et al., "Data Movement Is All You Need", 2007.00072, sort a
-    transformer's operators so).
+    transformer's operators so). by_rows: whether the reference, on a CPU, keeps the promise of Kernel.invariant.
     """
 
-    def __init__(self, reference: Callable[..., Any], kind: str) -> None:
+    def __init__(self, reference: Callable[..., Any], kind: str, by_rows: bool = False) -> None:
         assert kind in CLASSES, kind
         self.name: str = reference.__name__
         self.kind = kind
+        self.by_rows = by_rows
         self.reference = reference
         self.kernels: dict[str, Kernel] = {}
         self.tolerance: dict[str, Tolerance] = {}
@@ -125,12 +129,17 @@ class Op:
         needs: Need,
         accepts: Callable[..., str | None] | None = None,
         traffic: Callable[..., Cost] | None = None,
+        invariant: bool | Callable[..., Any] = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a kernel with the reference's signature under `name` ("triton", "cpu", "cuda")."""
+        """Register a kernel with the reference's signature under `name` ("triton", "cpu", "cuda").
+
+        invariant: True if the function keeps the promise of Kernel.invariant, or another function that does.
+        """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             assert name not in self.kernels, f"{self.name} has a kernel {name} already"
-            self.kernels[name] = Kernel(name, needs, function, accepts, traffic)
+            steady = function if invariant is True else invariant or None
+            self.kernels[name] = Kernel(name, needs, function, accepts, traffic, steady)
             return function
 
         return register
@@ -139,12 +148,12 @@ class Op:
 REGISTRY: dict[str, Op] = {}
 
 
-def op(kind: str, **tolerance: Tolerance) -> Callable[[Callable[..., Any]], Op]:
+def op(kind: str, *, by_rows: bool = False, **tolerance: Tolerance) -> Callable[[Callable[..., Any]], Op]:
     """Declare an op. Keywords are tolerances by dtype name: float32=Tolerance(...), bfloat16=..."""
 
     def declare(reference: Callable[..., Any]) -> Op:
         assert reference.__name__ not in REGISTRY, f"op {reference.__name__} exists already"
-        declared = Op(reference, kind)
+        declared = Op(reference, kind, by_rows)
         declared.tolerance.update(tolerance)
         REGISTRY[declared.name] = declared
         return declared

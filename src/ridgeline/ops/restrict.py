@@ -17,7 +17,7 @@ from ridgeline.ops.weight import nbytes
 WORD = 32
 
 
-@op("elementwise", float32=Tolerance(0, 0), bfloat16=Tolerance(0, 0), float16=Tolerance(0, 0))
+@op("elementwise", by_rows=True, float32=Tolerance(0, 0), bfloat16=Tolerance(0, 0), float16=Tolerance(0, 0))
 def restrict(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """Logits, -inf where a token is not allowed, as a new tensor of the same dtype.
 
@@ -42,4 +42,4 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
         }
 
 
-restrict.kernel("torch", needs=cuda(0))(restrict.reference)
+restrict.kernel("torch", needs=cuda(0), invariant=True)(restrict.reference)

@@ -154,7 +154,7 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
         }
 
 
-@op("elementwise", float32=Tolerance(1e-6, 1e-6))
+@op("elementwise", by_rows=True, float32=Tolerance(1e-6, 1e-6))
 def adjust(
     logits: torch.Tensor,
     seen_rows: torch.Tensor,
@@ -223,7 +223,13 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
     }
 
 
-@op("normalization", float32=Tolerance(1e-5, 1e-5), bfloat16=Tolerance(1e-5, 1e-5), float16=Tolerance(1e-5, 1e-5))
+@op(
+    "normalization",
+    by_rows=True,
+    float32=Tolerance(1e-5, 1e-5),
+    bfloat16=Tolerance(1e-5, 1e-5),
+    float16=Tolerance(1e-5, 1e-5),
+)
 def score(
     logits: torch.Tensor, tokens: torch.Tensor, alternatives: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

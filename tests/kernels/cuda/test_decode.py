@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from attention_rows import rows_of
 from cuda_attention_checks import FEATURES, hold, ragged
 
-from ridgeline.core.step import Spans
 from ridgeline.kernels.cuda import decode, decode_wide, merge, split
 from ridgeline.kernels.cuda.decode import attention_decode
 from ridgeline.ops.attention import attention, attention_inputs
@@ -22,11 +24,10 @@ SHORT = ((1, 1), (1, 17), (1, 4097), (3, 799), (1, 8192), (0, 9), (2, 113), (1, 
 """(new rows, keys) of one batch: single tokens and drafts, odd sizes, rows that see nothing."""
 
 
-@pytest.fixture(params=[None, 256])
-def fixed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
-    """Equal shares, and pieces of a fixed size."""
-    monkeypatch.setattr(decode, "fixed_split_keys", request.param)
-    return request.param
+@pytest.fixture(params=[None, 256], ids=["shares", "pieces"])
+def attend(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """With equal shares, and with pieces of a fixed size."""
+    return partial(decode.run, request.param)
 
 
 def short(head_dim: int, dtype: torch.dtype, group: int, page: int | None, **more: Any) -> dict[str, Any]:
@@ -53,10 +54,10 @@ def test_features_and_head_dims(feature: str, head_dim: int, dtype: str) -> None
 @pytest.mark.parametrize(
     "more", [{}, {"window": 33}, {"softcap": 3.0}, {"sinks": True, "window": 700}, {"causal": False}], ids=str
 )
-def test_short_queries(head_dim: int, more: dict[str, Any], fixed: int | None) -> None:
+def test_short_queries(head_dim: int, more: dict[str, Any], attend: Callable[..., Any]) -> None:
     """Few rows: the narrow kernel."""
     for dtype, page in ((torch.bfloat16, 64), (torch.float16, None)):
-        hold(attention_decode, short(head_dim, dtype, 4, page, **more))
+        hold(attend, short(head_dim, dtype, 4, page, **more))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -66,11 +67,11 @@ def test_groups_and_pages(group: int, page: int | None) -> None:
 
 
 @pytest.mark.parametrize("count", [31, 32, 33, 300])
-def test_many_requests(count: int, fixed: int | None) -> None:
+def test_many_requests(count: int, attend: Callable[..., Any]) -> None:
     """Warps count up to 32 requests by themselves, blocks the others."""
     new, visible = (1,) * count, tuple(37 * index % 501 for index in range(count))
     hold(
-        attention_decode,
+        attend,
         attention_inputs("cuda", torch.bfloat16, 8, 2, 64, 16, None, new, visible, return_lse=True),
     )
 
@@ -93,12 +94,12 @@ def test_trees(
     tails: tuple[int, ...],
     window: int | None,
     head_dim: int,
-    fixed: int | None,
+    attend: Callable[..., Any],
 ) -> None:
     arguments = attention_inputs(
         "cuda", torch.bfloat16, 8, 2, head_dim, 64, window, new, visible, tails=tails, return_lse=True
     )
-    hold(attention_decode, arguments)
+    hold(attend, arguments)
 
 
 @pytest.mark.parametrize("plan", [(16, 3, 4, 2), (32, 2, 4, 1), (16, 2, 2, 3), (64, 2, 2, 1), (16, 4, 8, 1)])
@@ -108,33 +109,57 @@ def test_every_layout_of_a_block(plan: tuple[int, int, int, int], monkeypatch: p
 
 
 @pytest.mark.parametrize("rows", [1, 8, 40])
-def test_a_row_is_its_own_business(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_its_own_business(rows: int) -> None:
     """With pieces of a fixed size a request alone gets the bits that it gets among 32."""
-    monkeypatch.setattr(decode, "fixed_split_keys", 1024)
+    attend = partial(decode.run, 1024)
     draw = random.Random(rows)
     visible = tuple(draw.randrange(rows, 9000) for _ in range(32))
     arguments = dict(attention_inputs("cuda", torch.bfloat16, 32, 8, 128, 64, None, (rows,) * 32, visible))
-    together = attention_decode(**arguments)
+    together = attend(**arguments)
     for index in range(32):
         mine = slice(index * rows, (index + 1) * rows)
-        alone = {
-            **arguments,
-            "q": arguments["q"][mine],
-            "block_tables": arguments["block_tables"][index : index + 1],
-            "query_starts": torch.tensor([0, rows], dtype=torch.int32, device="cuda"),
-            "lengths": arguments["lengths"][index : index + 1],
-            "spans": Spans((rows,), (visible[index],)),
-        }
-        assert torch.equal(attention_decode(**alone), together[mine]), index
+        assert torch.equal(attend(**rows_of(arguments, [(index, 0, rows)])), together[mine]), index
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("window", [None, 300, 6000])
+def test_a_row_does_not_know_its_chunk(head_dim: int, window: int | None) -> None:
+    """Decoded alone or in a batch, or part of a prompt cut anywhere: the same bits. Pieces of 128 keys, so that there
+    are more than are added at once."""
+    attend = partial(decode.run, 128)
+    lengths = (7000, 511, 2901)
+    arguments = dict(
+        attention_inputs(
+            "cuda", torch.bfloat16, 8, 2, head_dim, 64, window, lengths, lengths,
+            softcap=20.0, sinks=True, return_lse=True,
+        )
+    )  # fmt: skip
+    whole, logs = attend(**arguments)
+    starts = arguments["query_starts"].tolist()
+    far, near, last = lengths
+    for parts in (
+        [(0, far - 1, far)],
+        [(0, far - 1, far), (1, near - 1, near), (2, last - 1, last)],
+        [(2, 5, 6), (0, far - 30, far - 1), (1, 0, near), (0, 3, 4)],
+        [(0, 17, far)],
+        [(0, 5000, 5003), (1, 7, 10), (2, 60, 61)],
+    ):
+        out, lse = attend(**rows_of(arguments, parts))
+        at = 0
+        for request, first, end in parts:
+            place = slice(starts[request] + first, starts[request] + end)
+            assert torch.equal(out[at : at + end - first], whole[place]), (parts, request)
+            assert torch.equal(lse[at : at + end - first], logs[place])
+            at += end - first
 
 
 @pytest.mark.parametrize("rows", [1, 40])
-def test_a_hundred_times_the_same_bits(rows: int, fixed: int | None) -> None:
+def test_a_hundred_times_the_same_bits(rows: int, attend: Callable[..., Any]) -> None:
     visible = tuple(100 + 311 * index for index in range(20))
     arguments = attention_inputs("cuda", torch.bfloat16, 32, 8, 128, 64, None, (rows,) * 20, visible, return_lse=True)
-    out, lse = attention_decode(**arguments)
+    out, lse = attend(**arguments)
     for _ in range(100):
-        again, again_lse = attention_decode(**arguments)
+        again, again_lse = attend(**arguments)
         assert torch.equal(out, again)
         assert torch.equal(lse, again_lse)
 

@@ -18,6 +18,7 @@ from ridgeline.kernels.select import load_kernels
 from ridgeline.kernels.triton import attention as attention_kernels
 from ridgeline.kernels.triton import mlp as mlp_kernels
 from ridgeline.kernels.triton import moe as moe_kernels
+from ridgeline.kernels.triton import product as product_kernels
 from ridgeline.kernels.triton.machine import Machine
 from ridgeline.ops import REGISTRY, Weight
 from ridgeline.ops.attention import attention_inputs
@@ -52,6 +53,8 @@ def call(name: str, **inputs: Any) -> None:
     for kernel in REGISTRY[name].kernels.values():
         if kernel.name.startswith("triton"):
             kernel.call(**inputs)
+            if kernel.invariant not in (None, kernel.call):
+                kernel.invariant(**inputs)
 
 
 load_kernels("cuda")
@@ -60,7 +63,7 @@ setattr(JITFunction, "run", compile_only(JITFunction.run))  # noqa: B010
 MACHINE = Machine(4, SHARED_KIB * 1024, CAPABILITY >= 90)
 setattr(attention_kernels, "_machine", lambda _: MACHINE)  # noqa: B010
 setattr(attention_kernels, "INTERPRETED", True)  # noqa: B010  (tensors may lie on the CPU)
-for module in (moe_kernels, mlp_kernels):
+for module in (moe_kernels, mlp_kernels, product_kernels):
     setattr(module, "machine_of", lambda _: MACHINE)  # noqa: B010
 
 if CAPABILITY >= 90:  # as `dependent` answers on such a device
@@ -79,9 +82,7 @@ for dtype in (torch.bfloat16, torch.float32):
     for new, visible, tails in (((33, 20), (90, 80), (33, 0)), ((700, 5), (900, 80), (9, 5))):
         features = {"softcap": 20.0, "sinks": True, "tails": tails, "return_lse": True}
         inputs = attention_inputs("cpu", dtype, 8, 2, 128, 64, 64, new, visible, **features)
-        for attention_kernels.fixed_split_keys in (None, 256):
-            call("attention", **inputs)
-        attention_kernels.fixed_split_keys = None
+        call("attention", **inputs)
     for name in ("norm", "layer_norm", "rope_kv_write", "sample", "moe", "linear", "feed"):
         for inputs in REGISTRY[name].inputs("cpu", dtype):
             call(name, **inputs)

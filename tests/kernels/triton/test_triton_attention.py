@@ -1,5 +1,7 @@
 """attention: every path through the kernels against fp64, with poison wherever nothing may be read."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,10 +40,14 @@ def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.Monkey
         pieces = kernels.Pieces(16 if device == "cpu" else 64, 16)
         monkeypatch.setattr(kernels, "PIECES", dict.fromkeys(kernels.PIECES, pieces))
         monkeypatch.setattr(kernels, "MERGED_AT_ONCE", 2)
-    elif name == "fixed pieces":
-        monkeypatch.setattr(kernels, "fixed_split_keys", 32 if device == "cpu" else 256)
     monkeypatch.setattr(kernels, "_machine", lambda _: machine)
     return name
+
+
+@pytest.fixture
+def attend(path: str, device: str) -> Callable[..., Any]:
+    """The op by that way."""
+    return partial(kernels.run, 32 if device == "cpu" else 256) if path == "fixed pieces" else attention_triton
 
 
 BATCHES: dict[str, list[list[tuple[int, int]]]] = {
@@ -67,7 +73,7 @@ BATCHES: dict[str, list[list[tuple[int, int]]]] = {
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
-def test_ragged_batches(device: str, path: str, group: int) -> None:
+def test_ragged_batches(device: str, path: str, attend: Callable[..., Any], group: int) -> None:
     for index, spans in enumerate(BATCHES[device]):
         window = (None, 20)[index % 2]
         kv_heads = 1 if group == 8 else 2
@@ -78,7 +84,7 @@ def test_ragged_batches(device: str, path: str, group: int) -> None:
         else:  # few combinations, since each is compiled
             dtype = {1: torch.float32, 3: torch.float16}.get(group, torch.bfloat16)
             block = {1: 16, 3: 48}.get(group, 64)
-        check_attention(attention_triton, paged(device, dtype, kv_heads * group, kv_heads, 64, block, spans, window))
+        check_attention(attend, paged(device, dtype, kv_heads * group, kv_heads, 64, block, spans, window))
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 96, 128, 192, 256])
@@ -90,14 +96,14 @@ def test_head_dims(device: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128, 256, 80])
 @pytest.mark.parametrize("window", [None, 1, 33])
-def test_blocks_and_windows(device: str, path: str, block: int, window: int | None) -> None:
+def test_blocks_and_windows(device: str, path: str, attend: Callable[..., Any], block: int, window: int | None) -> None:
     if device == "cpu" and (block // 16 + PATHS.index(path) + bool(window)) % 2:
         pytest.skip("half of the combinations will do in the interpreter")
     if device == "cuda" and block not in (16, 64) and path != "as it comes":
         pytest.skip("each combination is compiled: few will do")
     spans = [(1, 30), (9, 70), (1, 129)] if device == "cpu" else [(1, 3000), (200, 900), (1, 129), (400, 2000)]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    check_attention(attention_triton, paged(device, dtype, 4, 2, 64, block, spans, window))
+    check_attention(attend, paged(device, dtype, 4, 2, 64, block, spans, window))
 
 
 @pytest.mark.parametrize("group", [16, 71])
@@ -106,14 +112,16 @@ def test_many_heads_a_kv_head(device: str, group: int) -> None:
     check_attention(attention_triton, paged(device, torch.float16, group, 1, 64, 16, spans))
 
 
-def test_more_requests_than_a_scan_reads(device: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_requests_than_a_scan_reads(
+    device: str, attend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     count = 300
     if device == "cpu":
         for module in (kernels, ragged):
             monkeypatch.setattr(module, "SCAN", tl.constexpr(4))
         count = 9
     spans = [(int(n % 3 == 0), 1 + 7 * n % 40) for n in range(count)]
-    check_attention(attention_triton, paged(device, torch.float32, 1, 1, 16, 16, spans))
+    check_attention(attend, paged(device, torch.float32, 1, 1, 16, 16, spans))
 
 
 def test_queries_may_be_strided(device: str) -> None:
@@ -124,12 +132,12 @@ def test_queries_may_be_strided(device: str) -> None:
     assert torch.equal(attention_triton(**{**inputs, "q": wide[:, 2:6]}), want)
 
 
-def test_repeats_bit_for_bit(device: str, path: str) -> None:
+def test_repeats_bit_for_bit(device: str, attend: Callable[..., Any]) -> None:
     dtype = torch.float16 if device == "cpu" else torch.bfloat16
     inputs = paged(device, dtype, 4, 2, 64, 16, BATCHES[device][2 if device == "cpu" else 3])
-    first = attention_triton(**inputs)
+    first = attend(**inputs)
     for _ in range(1 if device == "cpu" else 20):
-        assert torch.equal(attention_triton(**inputs), first)
+        assert torch.equal(attend(**inputs), first)
 
 
 def alone(inputs: dict[str, Any], index: int) -> dict[str, Any]:
@@ -144,13 +152,13 @@ def alone(inputs: dict[str, Any], index: int) -> dict[str, Any]:
     }
 
 
-def test_fixed_pieces_make_decoding_batch_invariant(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "fixed_split_keys", 64 if device == "cpu" else 512)
+def test_fixed_pieces_make_decoding_batch_invariant(device: str) -> None:
+    attend = partial(kernels.run, 64 if device == "cpu" else 512)
     spans = [(1, 7), (1, 150), (1, 64)] if device == "cpu" else [(1, 300 * n + 5) for n in range(40)]
     inputs = paged(device, torch.float16, 8, 2, 64, 16, spans)
-    together = attention_triton(**inputs)
+    together = attend(**inputs)
     for index in range(len(spans)):
-        assert torch.equal(attention_triton(**alone(inputs, index))[0], together[index])
+        assert torch.equal(attend(**alone(inputs, index))[0], together[index])
 
 
 def test_rows_of_nobody_are_left_as_they_are(device: str) -> None:

@@ -14,10 +14,12 @@ from ridgeline.ops import REGISTRY
 
 load_kernels("cuda")
 KERNELS = [
-    (op.name, name)
+    (op.name, name, way)
     for op in REGISTRY.values()
     for name, kernel in op.kernels.items()
     if kernel.need.device == "cuda" and name.startswith(("triton", "torch"))
+    for way in ("call", "invariant")
+    if way == "call" or kernel.invariant not in (None, kernel.call)
 ]
 
 
@@ -26,7 +28,7 @@ def copied(value: Any) -> Any:
 
 
 def test_each_op_has_its_kernel() -> None:
-    served = {op for op, name in KERNELS if name == "triton"}
+    served = {op for op, name, _ in KERNELS if name == "triton"}
     assert served == {
         "norm",
         "layer_norm",
@@ -38,25 +40,41 @@ def test_each_op_has_its_kernel() -> None:
         "linear",
         "feed",
     }
-    assert {op for op, _ in KERNELS} == set(REGISTRY)
+    assert {op for op, _, _ in KERNELS} == set(REGISTRY)
 
 
-@pytest.mark.parametrize(("name", "kernel"), KERNELS)
-def test_examples(device: str, name: str, kernel: str) -> None:
+def test_each_op_can_be_batch_invariant() -> None:
+    """One that cannot would take the mode from every engine that uses it."""
+    for device, load in (("cuda", None), ("cpu", "cpu")):
+        if load is not None:
+            load_kernels(load)
+        for op in REGISTRY.values():
+            steady = [
+                kernel.name for kernel in op.kernels.values() if kernel.need.device == device and kernel.invariant
+            ]
+            assert steady or (device == "cpu" and op.by_rows), f"{op.name} on a {device} device"
+
+
+@pytest.mark.parametrize(("name", "kernel", "way"), KERNELS)
+def test_examples(device: str, name: str, kernel: str, way: str) -> None:
     op = REGISTRY[name]
     for dtype in kinds(device):
         tolerance = op.tolerance.get(str(dtype).removeprefix("torch."))
         if tolerance is None:
             continue
         for index, inputs in enumerate(op.inputs(device, dtype)):
-            if name == "attention" and device == "cpu" and index % 2 != (dtype == torch.float16):
+            if (
+                name == "attention"
+                and device == "cpu"
+                and index % (2 if way == "call" else 4) != (dtype == torch.float16)
+            ):
                 continue  # half of them each, beside the whole matrix of features in a file of its own
             accepts = op.kernels[kernel].accepts
             if accepts is not None and accepts(**inputs) is not None:
                 assert name == "attention"  # whose kernels refuse features by name
                 continue
             mine = {key: copied(value) for key, value in inputs.items()}
-            got, want = op.kernels[kernel].call(**mine), op.reference(**inputs)
+            got, want = getattr(op.kernels[kernel], way)(**mine), op.reference(**inputs)
             pairs = zip(got, want) if isinstance(got, tuple) else [(got, want)]
             if name == "rope_kv_write":
                 pairs = [(got, want), *((mine[p], inputs[p]) for p in ("k_pages", "v_pages"))]

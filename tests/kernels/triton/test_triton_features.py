@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +11,10 @@ import torch
 pytest.importorskip("triton")
 
 from attention_matrix import COVER, inputs_of, name_of
+from attention_rows import rows_of
+from triton_checks import plain_product
 
 from ridgeline.core.errors import InvalidArgument, KernelRefused
-from ridgeline.core.step import Spans
 from ridgeline.kernels.triton import attention as kernels
 from ridgeline.kernels.triton.attention import Machine, Tile, attention_triton
 from ridgeline.ops.attention import attention, attention_inputs
@@ -40,8 +40,6 @@ def force(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = machine._replace(multiprocessors=0)
     elif path == "split":
         monkeypatch.setattr(kernels, "FEW_ROWS", 1 << 30)
-    elif path == "fixed pieces":
-        monkeypatch.setattr(kernels, "fixed_split_keys", 32)
     monkeypatch.setattr(kernels, "_machine", lambda _: machine)
 
 
@@ -58,38 +56,11 @@ def test_matrix(device: str, index: int, monkeypatch: pytest.MonkeyPatch) -> Non
     for path in PATHS if device == "cuda" else (PATHS[index % len(PATHS)],):
         with monkeypatch.context() as patch:
             force(path, device, patch)
-            got = attention_triton(**inputs)
+            got = kernels.run(32 if path == "fixed pieces" else None, **inputs)
         if inputs["return_lse"]:
             torch.testing.assert_close(got[1], logs, atol=1e-3, rtol=1e-3)
             got = got[0]
         torch.testing.assert_close(got, want, atol=tolerance.absolute, rtol=tolerance.relative)
-
-
-def rows_of(inputs: Mapping[str, Any], parts: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """A batch of stretches of the rows of one-request-each `inputs`: (request, first row, last row + 1)."""
-    starts, lengths = inputs["query_starts"].tolist(), inputs["lengths"].tolist()
-    new, visible, places = [], [], []
-    for request, first, last in parts:
-        rows = starts[request + 1] - starts[request]
-        new.append(last - first)
-        visible.append(lengths[request] - rows + last)
-        places.append(torch.arange(starts[request] + first, starts[request] + last))
-    device = inputs["q"].device
-    chosen = torch.tensor([request for request, _, _ in parts])
-    bounds = torch.tensor([0, *new]).cumsum(0)
-    return {
-        **inputs,
-        "q": inputs["q"][torch.cat(places).to(device)],
-        "block_tables": inputs["block_tables"][chosen.to(device)],
-        "query_starts": bounds.to(device, torch.int32),
-        "lengths": torch.tensor(visible, dtype=torch.int32, device=device),
-        "spans": Spans(tuple(new), tuple(visible)),
-    }
-
-
-def plain_product(a: Any, b: Any, dtype: Any = None) -> Any:
-    """NumPy's product sums a row in an order that depends on where it stands; tensor cores do not."""
-    return (a[..., :, :, None].astype(dtype) * b[..., None, :, :].astype(dtype)).sum(-2, dtype=dtype)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -104,14 +75,14 @@ def test_a_row_never_depends_on_its_neighbours(
         small(monkeypatch)
         monkeypatch.setattr(np, "matmul", plain_product)
     lengths = (70, 33, 101) if device == "cpu" else (1700, 511, 901)
-    monkeypatch.setattr(kernels, "fixed_split_keys", 32 if device == "cpu" else 256)
+    attend = partial(kernels.run, 32 if device == "cpu" else 256)
     dtype = torch.float16 if device == "cpu" else torch.bfloat16
     inputs = dict(
         attention_inputs(
             device, dtype, *heads, head_dim, 16, window, lengths, lengths, softcap=20.0, sinks=True, return_lse=True
         )
     )
-    whole, logs = attention_triton(**inputs)
+    whole, logs = attend(**inputs)
     starts = inputs["query_starts"].tolist()
     far, near, last = lengths
     for parts in (
@@ -121,7 +92,7 @@ def test_a_row_never_depends_on_its_neighbours(
         [(0, 17, far)],
         [(1, 7, 10), (2, 60, 61)],
     ):
-        out, lse = attention_triton(**rows_of(inputs, parts))
+        out, lse = attend(**rows_of(inputs, parts))
         at = 0
         for request, first, end in parts:
             place = slice(starts[request] + first, starts[request] + end)

@@ -58,7 +58,7 @@ LIMITS = Limits(
 )
 
 
-@attention.kernel("cpu", needs=LIMITS.need, accepts=LIMITS.accepts)
+@attention.kernel("cpu", needs=LIMITS.need, accepts=LIMITS.accepts, invariant=True)
 def attention_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Arguments of the op. Raises InvalidArgument or KernelRefused, naming the argument."""
     call = LIMITS.require(*args, **kwargs)

@@ -25,7 +25,7 @@ def accepts(ids: torch.Tensor, weight: Weight) -> str | None:
     return other_dtype(weight.data)
 
 
-@embed.kernel("cpu", needs=cpu(), accepts=accepts)
+@embed.kernel("cpu", needs=cpu(), accepts=accepts, invariant=True)
 def embed_cpu(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
     if ids.dtype != torch.int64:
         ids = ids.long()

@@ -25,7 +25,7 @@ def accepts(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.T
     return None
 
 
-@kv_move.kernel("cpu", needs=cpu(), accepts=accepts)
+@kv_move.kernel("cpu", needs=cpu(), accepts=accepts, invariant=True)
 def kv_move_cpu(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.Tensor) -> None:
     count = source.shape[0]
     if not pages or not count:

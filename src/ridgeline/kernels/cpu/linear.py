@@ -32,7 +32,7 @@ def accepts(
     return other_dtype(x, weight.data, bias)
 
 
-@linear.kernel("cpu", needs=cpu(), accepts=accepts)
+@linear.kernel("cpu", needs=cpu(), accepts=accepts, invariant=True)
 def linear_cpu(
     x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, activation: str | None = None
 ) -> torch.Tensor:

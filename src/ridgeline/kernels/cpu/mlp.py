@@ -33,7 +33,7 @@ def accepts(x: torch.Tensor, weight: Weight, activation: str = "silu") -> str | 
     return other_dtype(x, weight.data)
 
 
-@gated_linear.kernel("cpu", needs=cpu(), accepts=accepts)
+@gated_linear.kernel("cpu", needs=cpu(), accepts=accepts, invariant=True)
 def gated_linear_cpu(x: torch.Tensor, weight: Weight, activation: str = "silu") -> torch.Tensor:
     if not x.is_contiguous():
         x = x.contiguous()
@@ -55,7 +55,7 @@ def gate_accepts(gate_up: torch.Tensor, activation: str) -> str | None:
     return other_dtype(gate_up)
 
 
-@gate.kernel("cpu", needs=cpu(), accepts=gate_accepts)
+@gate.kernel("cpu", needs=cpu(), accepts=gate_accepts, invariant=True)
 def gate_cpu(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     if not gate_up.is_contiguous():
         gate_up = gate_up.contiguous()

@@ -42,7 +42,7 @@ def accepts(
     return other_dtype(x, router, gate_up, down)
 
 
-@moe.kernel("cpu", needs=cpu(), accepts=accepts)
+@moe.kernel("cpu", needs=cpu(), accepts=accepts, invariant=True)
 def moe_cpu(
     x: torch.Tensor,
     router: torch.Tensor,

@@ -54,14 +54,14 @@ def _normalized(
     return out, x if residual is None else residual
 
 
-@norm.kernel("cpu", needs=cpu(), accepts=norm_accepts)
+@norm.kernel("cpu", needs=cpu(), accepts=norm_accepts, invariant=True)
 def norm_cpu(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _normalized(norm_rows, x, residual, weight, eps, None)
 
 
-@layer_norm.kernel("cpu", needs=cpu(), accepts=layer_norm_accepts)
+@layer_norm.kernel("cpu", needs=cpu(), accepts=layer_norm_accepts, invariant=True)
 def layer_norm_cpu(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,7 +41,7 @@ def accepts(
     return other_dtype(qkv, q_norm, k_norm, k_pages, v_pages)
 
 
-@rope_kv_write.kernel("cpu", needs=cpu(), accepts=accepts)
+@rope_kv_write.kernel("cpu", needs=cpu(), accepts=accepts, invariant=True)
 def rope_kv_write_cpu(
     qkv: torch.Tensor,
     positions: torch.Tensor,

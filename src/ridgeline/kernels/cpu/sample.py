@@ -37,7 +37,7 @@ def accepts(
     return other_dtype(logits)
 
 
-@sample.kernel("cpu", needs=cpu(), accepts=accepts)
+@sample.kernel("cpu", needs=cpu(), accepts=accepts, invariant=True)
 def sample_cpu(
     logits: torch.Tensor,
     temperature: torch.Tensor,

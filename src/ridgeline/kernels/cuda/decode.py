@@ -26,15 +26,8 @@ from ridgeline.ops.op import cuda
 
 FILE = "decode.cu"
 
-fixed_split_keys: int | None = None
-"""Batch invariance (He, "Defeating nondeterminism in LLM inference", 2025): pieces of so many keys, not equal shares.
-
-None deals equal shares: fastest, and bit-equal for equal batches, but where a request is cut, and with it the order
-in which a row's keys are added, then depends on who else is in the batch. A number of keys (2048, say) makes a
-row's bits its own request's business. The price is a workspace that grows with the capacity of the block tables,
-and shares that are less even. The choice is part of a captured graph. Batches with few rows a request and such with
-many take different kernels, so the promise holds within a class of work.
-"""
+SPLIT_KEYS = 1024
+"""Of a fixed piece, unless a caller asks for another number."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +103,10 @@ def _narrow(machine: split.Machine, head_dim: int) -> Narrow:
     return found if machine.holds(found.shared_bytes, found.blocks) else _roomy(machine, head_dim)
 
 
-def _plan(machine: split.Machine, call: Call) -> Narrow | decode_wide.Wide:
-    """From shapes alone: rows of a request on average, head dim, page."""
+def _plan(machine: split.Machine, call: Call, split_keys: int | None) -> Narrow | decode_wide.Wide:
+    """From shapes alone: rows of a request on average, head dim, page. With fixed pieces, from the head dim alone."""
     head_dim, rows = call.q.shape[2], -(-call.q.shape[0] // call.lengths.shape[0]) * call.group
-    if rows > Narrow.rows and call.k.shape[0]:
+    if rows > Narrow.rows and call.k.shape[0] and split_keys is None:
         wide = decode_wide.plan(machine, head_dim, rows, call.page)
         if wide is not None:
             return wide
@@ -149,30 +142,47 @@ LIMITS = Limits(
 )
 
 
-@attention.kernel("decode", needs=LIMITS.need, accepts=LIMITS.accepts)
+def attention_decode_steady(*args: Any, **kwargs: Any) -> Attended:
+    """`attention_decode`, batch-invariant: keys in pieces of SPLIT_KEYS."""
+    return run(SPLIT_KEYS, *args, **kwargs)
+
+
+@attention.kernel("decode", needs=LIMITS.need, accepts=LIMITS.accepts, invariant=attention_decode_steady)
 def attention_decode(*args: Any, **kwargs: Any) -> Attended:
     """The op `attention` (ops/attention.py) in one launch, or two for many rows; `spans` is not looked at.
 
     Right for any lengths; made for few rows a request. The workspace (fp32 partial sums) is taken from torch's
     allocator on every call, so that a captured graph owns it.
     """
+    return run(None, *args, **kwargs)
+
+
+def run(split_keys: int | None, /, *args: Any, **kwargs: Any) -> Attended:
+    """`attention` with keys in fixed pieces, or (None) in equal shares for all blocks.
+
+    Equal shares are the fastest, and bit-equal for equal batches, but where a request is cut, and with it the order
+    in which a row's keys are added, then depends on who else is in the batch. A number of keys cuts every request's
+    keys at its multiples, and one kernel takes every row: a row's bits are its own business (He, "Defeating
+    nondeterminism in LLM inference", 2025). The price: a workspace that grows with the capacity of the block
+    tables, shares that are less even, and long prompts in tiles of 16 rows.
+    """
     call = LIMITS.require(*args, **kwargs)
     q = call.q
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if call.return_lse else None
     if q.shape[0] and call.lengths.shape[0]:
-        _launch(call, out, lse)
+        _launch(call, out, lse, split_keys)
     return out if lse is None else (out, lse)
 
 
-def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, split_keys: int | None) -> None:
     machine = split.machine(call.q.get_device())
-    plan = _plan(machine, call)
+    plan = _plan(machine, call, split_keys)
     if isinstance(plan, decode_wide.Wide):
-        decode_wide.launch(plan, machine, call, out, lse, fixed_split_keys)
+        decode_wide.launch(plan, machine, call, out, lse)
         return
     blocks = machine.multiprocessors * plan.blocks
-    work = split.work(call, out, lse, plan.rows, plan.tile, blocks, fixed_split_keys)
+    work = split.work(call, out, lse, plan.rows, plan.tile, blocks, split_keys)
     kernel = _kernel(plan, call.q.dtype, machine.capability >= 90)
     kernel.launch((blocks, 1, 1), plan.threads, plan.shared_bytes, *work.arguments)
 

@@ -82,12 +82,10 @@ def _kernels(plan: Wide, dtype: torch.dtype) -> tuple[Kernel, Kernel]:
     )
 
 
-def launch(
-    plan: Wide, machine: split.Machine, call: Call, out: torch.Tensor, lse: torch.Tensor | None, fixed: int | None
-) -> None:
-    """The pieces, and what adds them up. fixed: as in split.work."""
+def launch(plan: Wide, machine: split.Machine, call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """The shares, and what adds them up."""
     blocks = machine.multiprocessors * plan.blocks
-    work = split.work(call, out, lse, plan.rows, plan.tile, blocks, fixed)
+    work = split.work(call, out, lse, plan.rows, plan.tile, blocks, None)
     pieces, add = _kernels(plan, call.q.dtype)
     maps = [_map(tensor, call.page, plan.box) for tensor in (call.k, call.v)]
     pieces.launch((blocks, 1, 1), plan.threads, plan.shared_bytes, *work.arguments, *maps)

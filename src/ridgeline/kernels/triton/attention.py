@@ -105,16 +105,8 @@ class Pieces(NamedTuple):
 PIECES = {2: Pieces(6, 128), 4: Pieces(6, 128)}
 MERGED_AT_ONCE = 16  # partial results a merge reads in one go
 
-fixed_split_keys: int | None = None
-"""Batch invariance (He, "Defeating nondeterminism in LLM inference", 2025): a fixed piece instead of a balanced one.
-
-None balances pieces over the machine: fastest, and bit-equal for equal batches, but the order in which a
-row's keys are added then depends on who else is in the batch. A number of keys (2048, say) cuts every
-request's keys at its multiples, in both kernels, whose tiles are then the same too: a row's bits depend on
-its own keys alone, whether it is decoded alone, in a batch, beside prefills or inside of one. (What a row
-does not see adds exact zeros.) The price: smaller tiles for prefill, larger ones for decode, and a
-workspace that grows with B times the capacity of a block table. The choice is part of a captured graph.
-"""
+SPLIT_KEYS = 1024
+"""Of a fixed piece, unless a caller asks for another number."""
 
 
 @triton.jit
@@ -580,61 +572,23 @@ def _share(
     return share
 
 
-@triton.jit(
-    do_not_specialize=["requests", "limit", "window", "pieces", "fixed", "table_stride", "tree_stride"],
-    do_not_specialize_on_alignment=["places", "starts", "lengths", "tree", "tails", "sinks"],
-)
-def _split_kernel(
-    q: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    places: tl.tensor,
+@triton.jit
+def _owner(
     starts: tl.tensor,
     lengths: tl.tensor,
-    sinks: tl.tensor,
-    tree: tl.tensor,
-    tails: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    partial: tl.tensor,
-    partial_log: tl.tensor,
     requests: tl.tensor,
     limit: tl.tensor,
     window: tl.tensor,
-    pieces: tl.tensor,
     fixed: tl.tensor,
-    scale: tl.tensor,
-    softcap: tl.tensor,
-    table_stride: tl.tensor,
-    tree_stride: tl.tensor,
-    q_token_stride: tl.tensor,
-    q_head_stride: tl.tensor,
-    block_stride: tl.tensor,
-    head_stride: tl.tensor,
-    slot_stride: tl.tensor,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    share: tl.tensor,
+    piece: tl.tensor,
     WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    WORDS: tl.constexpr,
     FIXED_PIECES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    KEPT: tl.constexpr,
+    ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr,
-    LEAST: tl.constexpr,
-) -> None:
-    """One piece of the keys of one tile of rows, of which no more than KEPT are in use. Skips requests of more
-    than `limit` rows."""
-    ROWS: tl.constexpr = BLOCK_M // GROUP
-    TREE: tl.constexpr = WORDS > 0
-    kv_head = tl.program_id(0) % KV_HEADS
-    piece = tl.program_id(0) // KV_HEADS
-    share = _share(starts, lengths, requests, limit, window, pieces, fixed, WINDOWED, FIXED_PIECES, ROWS, KEYS, LEAST)
-    # Pieces are numbered request by request; this finds the request that owns number `piece`.
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """(request, place, all): whose piece number `piece` is (-1: nobody's) and which of its pieces, and how many
+    there are. Pieces are numbered request by request."""
     before = 0
     request = -1
     place = 0
@@ -649,9 +603,57 @@ def _split_kernel(
         request += tl.sum(tl.where(mine, index + 1, 0), axis=0)
         place += tl.sum(tl.where(mine, piece - (ends - counts), 0), axis=0)
         before += tl.sum(counts, axis=0)
-    if request < 0:
-        return
+    return request, place, before
 
+
+@triton.jit
+def _piece(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    places: tl.tensor,
+    starts: tl.tensor,
+    lengths: tl.tensor,
+    sinks: tl.tensor,
+    tree: tl.tensor,
+    tails: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    partial: tl.tensor,
+    partial_log: tl.tensor,
+    window: tl.tensor,
+    fixed: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    table_stride: tl.tensor,
+    tree_stride: tl.tensor,
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    block_stride: tl.tensor,
+    head_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    kv_head: tl.tensor,
+    piece: tl.tensor,
+    request: tl.tensor,
+    place: tl.tensor,
+    share: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WORDS: tl.constexpr,
+    FIXED_PIECES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+) -> None:
+    """Piece number `place` of a request: the whole result if it is the only one of its rows."""
+    TREE: tl.constexpr = WORDS > 0
     first = tl.load(starts + request)
     rows = tl.load(starts + request + 1) - first
     length = tl.load(lengths + request)
@@ -731,10 +733,91 @@ def _split_kernel(
         # Rows that saw nothing: zeros, with -inf for a logarithm (their peak is -inf already).
         total = tl.where(total > 0, total, 1.0)
         kept = alive & (member < KEPT)
-        spot = tl.program_id(0).to(tl.int64) * KEPT + member
+        spot = (tl.cast(piece, tl.int64) * KV_HEADS + kv_head) * KEPT + member
         result = sums / total[:, None]
         tl.store(partial + spot[:, None] * HEAD_DIM + lane, result, mask=kept[:, None] & (lane < HEAD_DIM))
         tl.store(partial_log + spot, peak + tl.log2(total), mask=kept)
+
+
+@triton.jit(
+    do_not_specialize=["requests", "limit", "window", "pieces", "fixed", "table_stride", "tree_stride"],
+    do_not_specialize_on_alignment=["places", "starts", "lengths", "tree", "tails", "sinks"],
+)
+def _split_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    places: tl.tensor,
+    starts: tl.tensor,
+    lengths: tl.tensor,
+    sinks: tl.tensor,
+    tree: tl.tensor,
+    tails: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    partial: tl.tensor,
+    partial_log: tl.tensor,
+    requests: tl.tensor,
+    limit: tl.tensor,
+    window: tl.tensor,
+    pieces: tl.tensor,
+    fixed: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    table_stride: tl.tensor,
+    tree_stride: tl.tensor,
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    block_stride: tl.tensor,
+    head_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WORDS: tl.constexpr,
+    FIXED_PIECES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    LEAST: tl.constexpr,
+) -> None:
+    """One piece of the keys of one tile of rows, ROWS tokens of which no more than KEPT rows are in use. Skips requests
+    of more than `limit` rows. Of fixed pieces a program takes several: tables could hold more than there are."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    piece = tl.program_id(0) // KV_HEADS
+    share = _share(starts, lengths, requests, limit, window, pieces, fixed, WINDOWED, FIXED_PIECES, ROWS, KEYS, LEAST)
+    request, place, count = _owner(
+        starts, lengths, requests, limit, window, fixed, share, piece, WINDOWED, FIXED_PIECES, ROWS, KEYS
+    )
+    if request < 0:
+        return
+    if FIXED_PIECES:
+        for one in tl.range(piece, count, tl.num_programs(0) // KV_HEADS, num_stages=1):
+            _piece(
+                q, k, v, places, starts, lengths, sinks, tree, tails, out, lse, partial, partial_log, window, fixed,
+                scale, softcap, table_stride, tree_stride, q_token_stride, q_head_stride, block_stride, head_stride,
+                slot_stride, kv_head, one, request, place, share,
+                KV_HEADS, GROUP, CAUSAL, WINDOWED, CAPPED, WORDS, FIXED_PIECES, BLOCK_M, ROWS, KEPT, KEYS,
+                HEAD_DIM, BLOCK_D, PAGE,
+            )  # fmt: skip
+            request, place, _ = _owner(
+                starts, lengths, requests, limit, window, fixed, share, one + tl.num_programs(0) // KV_HEADS,
+                WINDOWED, FIXED_PIECES, ROWS, KEYS,
+            )  # fmt: skip
+    else:
+        _piece(
+            q, k, v, places, starts, lengths, sinks, tree, tails, out, lse, partial, partial_log, window, fixed,
+            scale, softcap, table_stride, tree_stride, q_token_stride, q_head_stride, block_stride, head_stride,
+            slot_stride, kv_head, piece, request, place, share,
+            KV_HEADS, GROUP, CAUSAL, WINDOWED, CAPPED, WORDS, FIXED_PIECES, BLOCK_M, ROWS, KEPT, KEYS,
+            HEAD_DIM, BLOCK_D, PAGE,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -758,7 +841,7 @@ def _merge_kernel(
     GROUP: tl.constexpr,
     WINDOWED: tl.constexpr,
     FIXED_PIECES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     KEPT: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -768,7 +851,6 @@ def _merge_kernel(
     AT_ONCE: tl.constexpr,
 ) -> None:
     """Add up the pieces of one tile of rows for one query head: O = sum(w O_i) / sum(w), w = 2^(log_i - peak)."""
-    ROWS: tl.constexpr = BLOCK_M // GROUP
     HEADS: tl.constexpr = KV_HEADS * GROUP
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
@@ -958,12 +1040,31 @@ def _traffic(*args: Any, **kwargs: Any) -> Cost:
     )
 
 
-@attention.kernel("triton", needs=LIMITS.need, accepts=LIMITS.accepts, traffic=_traffic)
+def attention_steady(*args: Any, **kwargs: Any) -> Attended:
+    """`attention_triton`, batch-invariant: keys in pieces of SPLIT_KEYS."""
+    return run(SPLIT_KEYS, *args, **kwargs)
+
+
+@attention.kernel("triton", LIMITS.need, LIMITS.accepts, traffic=_traffic, invariant=attention_steady)
 def attention_triton(*args: Any, **kwargs: Any) -> Attended:
     """One to three launches, whose grids and workspace follow from shapes alone; `spans` is only checked.
 
     The workspace (fp32 partial results) is taken from torch's allocator on every call, so that a captured
     graph owns it: (PIECES.programs * SMs / Hk + B) * Hk * tile rows * (D + 1) floats.
+    """
+    return run(None, *args, **kwargs)
+
+
+def run(split_keys: int | None, /, *args: Any, **kwargs: Any) -> Attended:
+    """`attention` with keys in fixed pieces, or (None) in pieces that balance the batch over the machine.
+
+    Balanced pieces are the fastest, and bit-equal for equal batches, but the order in which a row's keys are added
+    then depends on who else is in the batch. A number of keys cuts every request's keys at its multiples, in both
+    kernels, whose tiles are then the same too: a row's bits depend on its own keys alone, whether it is decoded
+    alone, in a batch, beside prefills or inside of one (He, "Defeating nondeterminism in LLM inference", 2025).
+    What a row does not see adds exact zeros. The price: smaller tiles for prefill, larger ones for decode, and a
+    workspace that grows with the capacity of the block tables: ceil(capacity / split_keys) * B * Hk * max(16, 2 H / Hk)
+    * (D + 1) floats.
     """
     call = LIMITS.require(*args, **kwargs)
     q = call.q
@@ -974,10 +1075,10 @@ def attention_triton(*args: Any, **kwargs: Any) -> Attended:
     lse = torch.empty(tokens, heads, device=q.device, dtype=torch.float32) if call.return_lse else None
     if tokens and call.lengths.shape[0]:
         plan = _planned(call, out, lse)
-        if fixed_split_keys is None:
+        if split_keys is None:
             _balanced(plan)
         else:
-            _in_fixed_pieces(plan, FIXED[plan.kind], fixed_split_keys)
+            _in_fixed_pieces(plan, FIXED[plan.kind], split_keys)
     return out if lse is None else (out, lse)
 
 
@@ -1018,7 +1119,7 @@ def _balanced(plan: _Plan) -> None:
     """The kernels that suit the shapes, pieces as long as balances the batch."""
     tall, flat, limit = _chosen(plan)
     if flat is not None:
-        _run_split(plan, flat, limit, flat.rows, None)
+        _run_split(plan, flat, flat.rows // plan.group, limit, None)
     if tall is not None:
         _run_long(plan, tall, limit, None)
 
@@ -1043,9 +1144,12 @@ def _in_fixed_pieces(plan: _Plan, tile: Tile, piece_keys: int) -> None:
     tokens = plan.call.q.shape[0]
     tile = plan.fitted(tile, 1)
     fixed = max(1, piece_keys // tile.keys)
+    if tokens <= plan.requests:  # a row each
+        _run_split(plan, tile, 1, EVERY, fixed)
+        return
     short = max(1, 16 // plan.group)
     if plan.requests > 1 or tokens <= short:
-        _run_split(plan, tile, short, short * plan.group, fixed)
+        _run_split(plan, tile, short, short, fixed)
     if tokens > short:
         _run_long(plan, tile, short, fixed)
 
@@ -1088,10 +1192,10 @@ def _section(plan: _Plan) -> int:
     )
 
 
-def _run_split(plan: _Plan, tile: Tile, limit: int, kept: int, fixed: int | None) -> None:
-    """Launch the split kernel, and the merge if anything can have been split. kept: rows of a tile in use."""
+def _run_split(plan: _Plan, tile: Tile, rows: int, limit: int, fixed: int | None) -> None:
+    """Launch the split kernel, and the merge if anything can have been split. rows: tokens of a tile in use."""
     q, k, requests = plan.call.q, plan.call.k, plan.requests
-    rows = tile.rows // plan.group
+    kept = rows * plan.group if fixed is not None else tile.rows
     one_tile = limit <= rows
     row_tiles = requests if one_tile else q.shape[0] // rows + requests
     cut = PIECES[plan.call.q.element_size()]
@@ -1103,18 +1207,19 @@ def _run_split(plan: _Plan, tile: Tile, limit: int, kept: int, fixed: int | None
     else:  # all keys are somebody's, so that the last pieces of each are what is to be added
         most = -(-k.shape[0] // (tile.keys * share))
         count = most + requests if one_tile else most * row_tiles
-    pieces = 1
+    pieces = max(1, cut.programs * plan.machine.multiprocessors // plan.kv_heads)
     if fixed is None:
-        pieces = max(1, cut.programs * plan.machine.multiprocessors // plan.kv_heads)
-        count = min(pieces + row_tiles, count)
+        programs = count = min(pieces + row_tiles, count)
+    else:  # few of those that tables could name are there: as many programs as suit the machine take them in turn
+        programs = min(pieces, count)
     # Without a second piece nobody writes a partial result.
     size = count * plan.kv_heads * kept if most > 1 else 1
     partial = torch.empty(size, q.shape[2], device=q.device, dtype=torch.float32)
     partial_log = torch.empty(size, device=q.device, dtype=torch.float32)
     numbers = (requests, limit, plan.reach, pieces, fixed or 1)
-    shared = {"BLOCK_M": tile.rows, "KEPT": kept, "KEYS": tile.keys, "LEAST": least, "FIXED_PIECES": fixed is not None}
-    _split_kernel[(count * plan.kv_heads,)](
-        *plan.pointers, partial, partial_log, *numbers, *plan.numbers, **shared, **plan.flags,
+    shared = {"ROWS": rows, "KEPT": kept, "KEYS": tile.keys, "LEAST": least, "FIXED_PIECES": fixed is not None}
+    _split_kernel[(programs * plan.kv_heads,)](
+        *plan.pointers, partial, partial_log, *numbers, *plan.numbers, BLOCK_M=tile.rows, **shared, **plan.flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if most > 1:

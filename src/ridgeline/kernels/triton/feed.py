@@ -35,7 +35,7 @@ def _feed_kernel(
     tl.store(out + place, tl.where(source < 0, known, tl.minimum(late, vocabulary - 1)), mask=inside)
 
 
-@feed.kernel("triton", needs=cuda(80))
+@feed.kernel("triton", needs=cuda(80), invariant=True)
 def feed_triton(ids: torch.Tensor, sources: torch.Tensor, sampled: torch.Tensor, vocabulary: int) -> torch.Tensor:
     out = torch.empty_like(ids)
     tokens = ids.shape[0]

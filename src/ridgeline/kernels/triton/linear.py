@@ -12,8 +12,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ridgeline.kernels.triton.activation import ACTIVATIONS, activated
 from ridgeline.kernels.triton.dependent import dependent, ready, starting
-from ridgeline.kernels.triton.mlp import ACTIVATIONS, activated
+from ridgeline.kernels.triton.product import product
 from ridgeline.ops.linear import activate, linear
 from ridgeline.ops.op import cuda
 from ridgeline.ops.weight import Weight
@@ -80,7 +81,7 @@ def _accepts(
     return None
 
 
-@linear.kernel("triton", needs=cuda(80), accepts=_accepts)
+@linear.kernel("triton", needs=cuda(80), accepts=_accepts, invariant=product)
 def linear_triton(
     x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, activation: str | None = None
 ) -> torch.Tensor:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ridgeline.kernels.triton.activation import ACTIVATIONS, gated
 from ridgeline.kernels.triton.dependent import dependent, ready, starting
 from ridgeline.kernels.triton.machine import machine_of
+from ridgeline.kernels.triton.product import product as product_in_tiles
 from ridgeline.ops.mlp import gated_linear
 from ridgeline.ops.op import cuda
 from ridgeline.ops.weight import Weight
 
-ACTIVATIONS = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 GATE_BLOCK = 1024  # elements of the output a program of the gate takes
 GATE_WARPS = 4
 
@@ -59,30 +60,6 @@ def product_for(tokens: int, inner: int, multiprocessors: int) -> Product | None
     if tokens <= TALL.rows and 2 * programs >= multiprocessors:
         return MIDDLE if tokens <= MIDDLE.rows else TALL
     return None
-
-
-@triton.jit
-def activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """The activation of fp32 x by its Hugging Face name (ops/linear.py has the same list)."""
-    if ACTIVATION == "silu" or ACTIVATION == "swish":
-        result = x / (1.0 + tl.exp(-x))
-    elif ACTIVATION == "relu":
-        result = tl.maximum(x, 0.0)
-    elif ACTIVATION == "gelu":
-        result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        # gelu's tanh form: (1 + tanh z) / 2 is the logistic function of 2 z.
-        z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        result = x / (1.0 + tl.exp(-2.0 * z))
-    return result
-
-
-@triton.jit
-def gated(gates: tl.tensor, ups: tl.tensor, ACTIVATION: tl.constexpr, like: tl.tensor) -> tl.tensor:
-    """activation(gates) * ups of fp32 values, rounded to like's dtype wherever the reference rounds."""
-    kind = like.dtype.element_ty
-    hot = activated(gates.to(kind).to(tl.float32), ACTIVATION).to(kind).to(tl.float32)
-    return (hot * ups.to(kind).to(tl.float32)).to(kind)
 
 
 @triton.jit
@@ -191,7 +168,12 @@ def _accepts(x: torch.Tensor, weight: Weight, activation: str = "silu") -> str |
     return None
 
 
-@gated_linear.kernel("triton", needs=cuda(80), accepts=_accepts)
+def gated_linear_steady(x: torch.Tensor, weight: Weight, activation: str = "silu") -> torch.Tensor:
+    """Two launches, batch-invariant: the product in tiles that no number of tokens changes, then the gate."""
+    return _gated(product_in_tiles(x, weight), activation)
+
+
+@gated_linear.kernel("triton", needs=cuda(80), accepts=_accepts, invariant=gated_linear_steady)
 def gated_linear_triton(x: torch.Tensor, weight: Weight, activation: str = "silu") -> torch.Tensor:
     """One launch for few tokens in bf16 or fp16, two for more and in fp32.
 
@@ -205,8 +187,13 @@ def gated_linear_triton(x: torch.Tensor, weight: Weight, activation: str = "silu
         product = product_for(tokens, inner, machine_of(x.device).multiprocessors)
         if product is not None:
             return _fused(x, weight, activation, product)
-    gate_up = F.linear(x, weight.data)
-    out = torch.empty(tokens, inner, device=x.device, dtype=x.dtype)
+    return _gated(F.linear(x, weight.data), activation)
+
+
+def _gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """[T, 2 I] -> [T, I]."""
+    tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(tokens, inner, device=gate_up.device, dtype=gate_up.dtype)
     if tokens:
         _gate_kernel[(tokens, triton.cdiv(inner, GATE_BLOCK))](
             gate_up,
@@ -215,7 +202,7 @@ def gated_linear_triton(x: torch.Tensor, weight: Weight, activation: str = "silu
             ACTIVATION=activation,
             BLOCK=GATE_BLOCK,
             num_warps=GATE_WARPS,
-            **dependent(x.device),
+            **dependent(gate_up.device),
         )
     return out
 

@@ -8,16 +8,16 @@ atomics: the same inputs give the same bits.
     route (torch) -> sort -> [rows, I] = act(x Wg.T) * (x Wu.T) -> [T k, D] = weight * (h Wd.T) -> sum over k
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
+from ridgeline.kernels.triton.activation import ACTIVATIONS, gated
 from ridgeline.kernels.triton.machine import machine_of
-from ridgeline.kernels.triton.mlp import ACTIVATIONS, gated
+from ridgeline.kernels.triton.product import Tile, fitted, plus_product, product
 from ridgeline.ops.moe import moe, route
 from ridgeline.ops.op import cuda
+from ridgeline.ops.weight import Weight
 
 MAX_EXPERTS = 1024
 COUNTED = 4096
@@ -25,19 +25,13 @@ COUNTED = 4096
 COUNT_BLOCK = 128
 COMPARED = 32  # rows that a block is compared with at a time
 
-
-class Tile(NamedTuple):
-    """Columns and inputs a step of a tile, and how a program of it is compiled."""
-
-    columns: int
-    step: int
-    warps: int
-    stages: int
-
-
 ROWS = (16, 32, 64, 128)
 """Heights of a tile; the least that holds twice an expert's average share of the rows is taken: at the share
 itself every other expert would need a second tile, and read its weights twice."""
+
+STEADY_ROWS = 64
+"""The height of every tile where the number of rows must not matter."""
+SUMMED = 1024  # columns of a token that a program adds up
 
 # By bytes an element and height, timed on an H200 with Mixtral-8x7B's and Qwen3-30B-A3B's shapes (docs/log.md).
 # The first product has two accumulators, one for each half.
@@ -117,20 +111,6 @@ def _expert_of(
     return expert, first, last
 
 
-@triton.jit
-def _plus_product(sums: tl.tensor, left: tl.tensor, right: tl.tensor) -> tl.tensor:
-    """sums + left @ right, fp32.
-
-    Factors in fp32 are added up step by step before the steps are: in one chain of thousands of additions
-    the last three bits are lost. Triton would make one chain of `sums + product`; a difference it leaves alone.
-    """
-    if left.dtype == tl.float32:
-        result = sums - tl.dot(-left, right, input_precision="ieee")
-    else:
-        result = tl.dot(left, right, sums)
-    return result
-
-
 @triton.jit(do_not_specialize=["tiles"])
 def _gate_up_kernel(
     x: tl.tensor,
@@ -172,8 +152,8 @@ def _gate_up_kernel(
         part = tl.load(x_at + start, mask=live[:, None] & inside[None, :], other=0.0)
         gate_part = tl.load(gate_at + start, mask=inside[:, None], other=0.0)
         up_part = tl.load(up_at + start, mask=inside[:, None], other=0.0)
-        gates = _plus_product(gates, part, gate_part)
-        ups = _plus_product(ups, part, up_part)
+        gates = plus_product(gates, part, gate_part)
+        ups = plus_product(ups, part, up_part)
     target = hidden + (row.to(tl.int64) * INNER)[:, None] + column[None, :]
     tl.store(target, gated(gates, ups, ACTIVATION, hidden), mask=live[:, None] & (column < INNER)[None, :])
 
@@ -212,21 +192,58 @@ def _down_kernel(
     for start in range(0, INNER, STEP):
         inside = depth < INNER - start
         part = tl.load(hidden_at + start, mask=live[:, None] & inside[None, :], other=0.0)
-        sums = _plus_product(sums, part, tl.load(down_at + start, mask=inside[:, None], other=0.0))
+        sums = plus_product(sums, part, tl.load(down_at + start, mask=inside[:, None], other=0.0))
     target = parts + (choice * WIDTH)[:, None] + column[None, :]
     result = (sums * factor[:, None]).to(parts.dtype.element_ty)
     tl.store(target, result, mask=live[:, None] & (column < WIDTH)[None, :])
 
 
-def _fitted(tile: Tile, height: int, halves: int, element_bytes: int, shared_bytes: int) -> Tile:
-    """The tile with as many stages as shared memory holds; the tables are written for Hopper's 227 KiB.
+@triton.jit
+def _route_kernel(
+    scores: tl.tensor,
+    weights: tl.tensor,
+    experts: tl.tensor,
+    RENORMALIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+) -> None:
+    """A token's k best of softmax(scores), the best first."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK_E)
+    slot = tl.arange(0, BLOCK_K)
+    real = expert < EXPERTS
+    logits = tl.load(scores + token * EXPERTS + expert, mask=real, other=float("-inf")).to(tl.float32)
+    odds = tl.exp(logits - tl.max(logits, axis=0))
+    odds = tl.where(real, odds / tl.sum(odds, axis=0), -1.0)
+    chosen = tl.zeros((BLOCK_K,), tl.int32)
+    kept = tl.zeros((BLOCK_K,), tl.float32)
+    for place in tl.static_range(TOP_K):
+        best = tl.max(odds, axis=0)
+        # (Scores that are no numbers still name an expert that there is.)
+        one = tl.minimum(tl.min(tl.where(odds == best, expert, BLOCK_E), axis=0), EXPERTS - 1)
+        chosen = tl.where(slot == place, one, chosen)
+        kept = tl.where(slot == place, best, kept)
+        odds = tl.where(expert == one, -1.0, odds)
+    if RENORMALIZE:
+        kept /= tl.sum(kept, axis=0)
+    tl.store(experts + token * TOP_K + slot, chosen, mask=slot < TOP_K)
+    tl.store(weights + token * TOP_K + slot, kept, mask=slot < TOP_K)
 
-    Tiles of less than 64 rows go through mma.sync, which is done with a step before the next one is asked
-    for: a stage less.
-    """
-    stage = (height + halves * tile.columns) * tile.step * element_bytes
-    held = shared_bytes // stage + (height < 64)
-    return tile._replace(stages=max(1, min(tile.stages, held)))
+
+@triton.jit
+def _sum_kernel(
+    parts: tl.tensor, out: tl.tensor, WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """out[t] = parts[t, 0] + parts[t, 1] + ..., fp32 in this order."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for place in tl.static_range(TOP_K):
+        sums += tl.load(parts + (token * TOP_K + place) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * WIDTH + column, sums.to(out.dtype.element_ty), mask=inside)
 
 
 def sorted_by_expert(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,7 +285,43 @@ def _accepts(
     return None
 
 
-@moe.kernel("triton", needs=cuda(80), accepts=_accepts)
+def moe_steady(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """`moe_triton`, batch-invariant: tiles of one height, routing and the sum row by row by our own kernels.
+
+    Of experts that are equally likely the first is taken.
+    """
+    tokens, width = x.shape
+    if not tokens:
+        return torch.empty_like(x)
+    count = router.shape[0]
+    weights = torch.empty(tokens, top_k, device=x.device, dtype=torch.float32)
+    experts = torch.empty(tokens, top_k, device=x.device, dtype=torch.int32)
+    _route_kernel[(tokens,)](
+        product(x, Weight.dense_from(router)),
+        weights,
+        experts,
+        RENORMALIZE=renormalize,
+        TOP_K=top_k,
+        BLOCK_K=triton.next_power_of_2(top_k),
+        EXPERTS=count,
+        BLOCK_E=triton.next_power_of_2(count),
+        num_warps=1,
+    )
+    parts = _parts(x, weights, experts, gate_up, down, STEADY_ROWS, activation)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _sum_kernel[(tokens, triton.cdiv(width, SUMMED))](parts, out, WIDTH=width, TOP_K=top_k, BLOCK=SUMMED, num_warps=4)
+    return out
+
+
+@moe.kernel("triton", needs=cuda(80), accepts=_accepts, invariant=moe_steady)
 def moe_triton(
     x: torch.Tensor,
     router: torch.Tensor,
@@ -282,24 +335,39 @@ def moe_triton(
 
     Workspace: T k (I + D) elements of x's dtype. Expects contiguous experts' weights.
     """
-    tokens, width = x.shape
-    count, inner = gate_up.shape[0], gate_up.shape[1] // 2
-    if not tokens:
+    if not x.shape[0]:
         return torch.empty_like(x)
+    weights, experts = route(x, router, top_k, renormalize)
+    rows = experts.numel()
+    height = next((height for height in ROWS if height * router.shape[0] >= 2 * rows), ROWS[-1])
+    return _parts(x, weights, experts, gate_up, down, height, activation).sum(1)
+
+
+def _parts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    height: int,
+    activation: str,
+) -> torch.Tensor:
+    """What each choice adds to its token: [T, k, D] of weights and experts [T, k]. height: rows of a tile."""
     assert gate_up.is_contiguous()
     assert down.is_contiguous()
+    tokens, width = x.shape
+    top_k = experts.shape[1]
+    count, inner = gate_up.shape[0], gate_up.shape[1] // 2
     x = x if x.stride(1) == 1 else x.contiguous()
-    weights, experts = route(x, router, top_k, renormalize)
     rows = tokens * top_k
     order, offsets = sorted_by_expert(experts.flatten(), count)
-    height = next((height for height in ROWS if height * count >= 2 * rows), ROWS[-1])
     # Every tile but an expert's last is full, and an expert with a tile has a row.
     tiles = min(rows, rows // height + count)
     block_e = triton.next_power_of_2(count)
     hidden = torch.empty(rows, inner, device=x.device, dtype=x.dtype)
     parts = torch.empty(tokens, top_k, width, device=x.device, dtype=x.dtype)
     shared = machine_of(x.device).shared_bytes
-    tile = _fitted(GATE_UP[x.element_size(), height], height, 2, x.element_size(), shared)
+    tile = fitted(GATE_UP[x.element_size(), height], height, 2, x.element_size(), shared)
     _gate_up_kernel[(tiles * triton.cdiv(inner, tile.columns),)](
         x,
         gate_up,
@@ -320,7 +388,7 @@ def moe_triton(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    tile = _fitted(DOWN[x.element_size(), height], height, 1, x.element_size(), shared)
+    tile = fitted(DOWN[x.element_size(), height], height, 1, x.element_size(), shared)
     _down_kernel[(tiles * triton.cdiv(width, tile.columns),)](
         hidden,
         down,
@@ -339,4 +407,4 @@ def moe_triton(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return parts.sum(1)
+    return parts

@@ -120,7 +120,7 @@ def _by_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@norm.kernel("triton", needs=cuda(80), accepts=_accepts_norm)
+@norm.kernel("triton", needs=cuda(80), accepts=_accepts_norm, invariant=True)
 def norm_triton(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,7 +149,7 @@ def norm_triton(
     return out, x if residual is None else residual
 
 
-@layer_norm.kernel("triton", needs=cuda(80), accepts=_accepts_layer_norm)
+@layer_norm.kernel("triton", needs=cuda(80), accepts=_accepts_layer_norm, invariant=True)
 def layer_norm_triton(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

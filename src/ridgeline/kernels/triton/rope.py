@@ -132,7 +132,7 @@ def _accepts(
     return None
 
 
-@rope_kv_write.kernel("triton", needs=cuda(80), accepts=_accepts)
+@rope_kv_write.kernel("triton", needs=cuda(80), accepts=_accepts, invariant=True)
 def rope_kv_write_triton(
     qkv: torch.Tensor,
     positions: torch.Tensor,

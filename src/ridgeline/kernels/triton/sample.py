@@ -6,10 +6,13 @@ from each other, and greedy and warm rows go through the same launch. Rows that 
 min-p) get their mask from the reference's sort; fusing that is not worth a kernel until a profile says so.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
+from ridgeline.kernels.torch.sample import kept_steadily
 from ridgeline.kernels.triton.dependent import dependent, ready, starting
 from ridgeline.ops.op import cuda
 from ridgeline.ops.sample import kept, sample
@@ -155,7 +158,23 @@ def _accepts(
     return None
 
 
-@sample.kernel("triton", needs=cuda(80), accepts=_accepts)
+def sample_steadily(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    greedy: bool,
+    cut: bool,
+) -> torch.Tensor:
+    """`sample_triton`, batch-invariant: the cut's sums are torch's, whose order depends on the other rows."""
+    keep = _mask(kept_steadily, logits, temperature, top_k, top_p, min_p) if cut and not greedy else None
+    return _chosen(logits, temperature, seeds, positions, greedy, keep)
+
+
+@sample.kernel("triton", needs=cuda(80), accepts=_accepts, invariant=sample_steadily)
 def sample_triton(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -171,15 +190,37 @@ def sample_triton(
 
     Unlike the reference, a row with NaN logits gives a token of the vocabulary (the best of the others).
     """
+    keep = _mask(kept, logits, temperature, top_k, top_p, min_p) if cut and not greedy else None
+    return _chosen(logits, temperature, seeds, positions, greedy, keep)
+
+
+def _mask(
+    cut: Callable[..., torch.Tensor],
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+) -> torch.Tensor:
+    """Tokens that survive `cut`, [R, V] uint8."""
+    warmth = torch.where(temperature > 0, temperature, 1.0)
+    return cut(logits.float() / warmth[:, None], top_k, top_p, min_p).view(torch.uint8)
+
+
+def _chosen(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    greedy: bool,
+    keep: torch.Tensor | None,
+) -> torch.Tensor:
+    """The best of each row by its noise, of the tokens in `keep` (None: all)."""
     rows, tokens = logits.shape
     out = torch.empty(rows, device=logits.device, dtype=torch.int64)
     if not rows:
         return out
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    keep = None
-    if cut and not greedy:
-        warmth = torch.where(temperature > 0, temperature, 1.0)
-        keep = kept(logits.float() / warmth[:, None], top_k, top_p, min_p).view(torch.uint8)
     stretches = triton.cdiv(tokens, STRETCH)
     best = torch.empty(rows * stretches, device=logits.device, dtype=torch.float32)
     best_id = torch.empty(rows * stretches, device=logits.device, dtype=torch.int32)

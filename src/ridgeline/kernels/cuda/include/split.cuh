@@ -121,6 +121,7 @@ struct Cursor {
     if (rows <= 0) return false;
     tail = length - (call.tails ? call.tails[at] : 0);
     begin = call.window > 0 ? u32(max(length - rows - call.window + 1, 0)) / TILE : 0;
+    if (call.grain) begin -= u32(begin) % u32(call.grain);  // so that units are the same ones in every call
     tiles = max(u32(length + TILE - 1) / TILE - begin, 1);  // somebody must write the zeros of rows that see nothing
     units = call.grain ? u32(tiles + call.grain - 1) / u32(call.grain) : tiles;
     row_tiles = u32(rows * call.group + ROWS - 1) / ROWS;
@@ -502,12 +503,14 @@ struct Target {
     float peak = -INFINITY, total = 0, sum[VALUES];
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) sum[i] = 0;
-    for (int base = 0; base < pieces; base += AT_ONCE) {
+    // Units summed by themselves are added in groups that no call shifts, wherever its first unit lies.
+    const int begin = call.grain ? -int(u32(at.begin) / u32(call.grain) % AT_ONCE) : 0;
+    for (int base = begin; base < pieces; base += AT_ONCE) {
       float2 end[AT_ONCE];
       float value[AT_ONCE][VALUES];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        const bool real = base + i < pieces;
+        const bool real = u32(base + i) < u32(pieces);
         const i64 place = i64(slot(call, base + i)) * ROWS + row;
         end[i] = make_float2(-INFINITY, 0);
         if (real) end[i] = __ldcg(call.partial_ends + place);
