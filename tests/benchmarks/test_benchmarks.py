@@ -22,12 +22,15 @@ from benchmarks import (
     qwen3_bandwidth,
     record,
     run,
+    simulate_cpu,
     startup,
     trace_cpu,
 )
 from benchmarks.models import TINY_SHAPE, random_checkpoint
 from benchmarks.trace import azure_jobs, prompts_for, spread
 from ridgeline.kv.layout import KVLayout
+from ridgeline.perf.card import load_card
+from ridgeline.workload.measure import Served, report
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,35 @@ def test_trace(bench: Callable[..., dict[str, Any]]) -> None:
         for runs in result["timings"][title].values():
             assert [sum(map(len, one["stamps_s"])) for one in runs] == [total, total]
     assert len(result["summary"]) == 3
+
+
+def test_simulate(bench: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    card = tmp_path / "card.json"
+    result = bench(simulate_cpu, "--card", str(card))
+    lines = {f"simulated {name} against real": limit for name, limit in simulate_cpu.TOLERANCES.items()}
+    assert {one["line"]: one["target"] for one in result["targets"]} == {
+        line: f"within {limit:.0%}" for line, limit in lines.items()
+    }
+    cells = result["summary"]["simulated against real"]
+    for name, cell in cells.items():
+        assert cell["error"] == pytest.approx(cell["simulated"] / cell["real"] - 1)
+        line = f"simulated {name} against real"
+        met = next(one["met"] for one in result["targets"] if one["line"] == line)
+        assert met == (abs(cell["error"]) <= lines[line])
+    assert result["summary"]["real"][0]["output_tokens"] == result["summary"]["simulated"]["output_tokens"]
+    assert result["summary"]["steps"][-1]["kind"] == "all"
+    assert load_card(card).sha256 == result["settings"]["card_sha256"]
+    again = bench(simulate_cpu, "--card", str(card))
+    assert again["settings"]["card_sha256"] == result["settings"]["card_sha256"]
+
+
+def test_rounds_are_added_until_they_agree() -> None:
+    def run(rate: float) -> simulate_cpu.Run:
+        served = [Served(4, 0.0, [0.1, 0.1 + 1 / rate])]
+        return simulate_cpu.Run(served, [], report(served))
+
+    assert simulate_cpu.steady([run(10.0), run(10.1)])
+    assert not simulate_cpu.steady([run(10.0), run(11.0)])
 
 
 def test_kv_cache(bench: Callable[..., dict[str, Any]]) -> None:
@@ -166,13 +198,13 @@ def test_the_suite_ends_with_a_table(tiny: Path, capfd: pytest.CaptureFixture[st
 def test_trace_lengths_are_those_of_the_issue() -> None:
     jobs = azure_jobs(32)
     assert [(job.prompt_tokens, job.output_tokens) for job in jobs[:4]] == [(93, 11), (99, 27), (219, 13), (22, 4)]
-    assert all(8 <= job.prompt_tokens <= 1536 and 4 <= job.output_tokens <= 384 for job in azure_jobs(256))
+    assert all(8 <= job.prompt_tokens <= 1536 and 4 <= job.output_tokens <= 384 for job in azure_jobs(512))
     assert jobs[1].arrival_s == pytest.approx(4.314579)
     assert spread(jobs, 2.0)[-1].arrival_s == pytest.approx(2.0)
     assert spread(jobs, 0.0)[-1].arrival_s == 0.0
     assert [len(one) for one in prompts_for(jobs, 50, 1)] == [job.prompt_tokens for job in jobs]
-    with pytest.raises(ValueError, match="256 rows"):
-        azure_jobs(300)
+    with pytest.raises(ValueError, match="512 rows"):
+        azure_jobs(600)
 
 
 def test_intervals() -> None:
