@@ -48,7 +48,12 @@ def test_command(tiny: Path) -> None:
     found = json.loads(CliRunner().invoke(application, [*common, "--json"], catch_exceptions=False).stdout)
     assert [run["side"] for run in found["runs"]] == ["ridgeline", "transformers"]
     assert {"mue", "peak_share", "flop_share", "time_share"} <= set(found["ops"][0])
-    shown = CliRunner().invoke(application, [*common, "--operators"], catch_exceptions=False).stdout
+    for one in found["ops"]:
+        assert one["unfused_bytes"] >= one["read_bytes"] + one["write_bytes"]
+    assert {one["unfused_bytes"] for one in found["classes"]} == {None}
+    wide = CliRunner(env={"COLUMNS": "160"})
+    shown = wide.invoke(application, [*common, "--operators"], catch_exceptions=False).stdout
     assert "MUE" in shown
+    assert "saved" in shown
     with pytest.raises(InvalidArgument, match="output_len"):
         CliRunner().invoke(application, ["profile", "--output-len", "0"], catch_exceptions=False)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from ridgeline.core.errors import InvalidArgument
+from ridgeline.core.step import Spans
 from ridgeline.models import parse_config
 from ridgeline.perf.hardware import find
 from ridgeline.study.plan import Planner
-from ridgeline.study.what_if import ACCEPTANCE, DRAFTED, WhatIf, what_if
+from ridgeline.study.what_if import ACCEPTANCE, DRAFTED, WhatIf, unfused_bytes, what_if
 
 SHAPE = {
     "hidden_size": 2048,
@@ -85,3 +86,15 @@ def test_lengths_beyond_the_model() -> None:
     spec = replace(parse_config({"architectures": ["LlamaForCausalLM"], **SHAPE}), max_positions=512)
     with pytest.raises(InvalidArgument, match="beyond 512"):
         what_if(Planner(spec, "small", "bfloat16"), find("h200"), 500, 13, 1)
+
+
+def test_unfused_ops_move_their_intermediates() -> None:
+    planner = Planner(parse_config({"architectures": ["LlamaForCausalLM"], **SHAPE}), "small", "bfloat16")
+    one, layers = 2, 4
+    saved = unfused_bytes(planner.price, Spans((1, 100), (500, 100)))
+    assert saved["norm"] == layers * 101 * 2 * one * 2 * 2048
+    assert saved["gated_linear"] == layers * 101 * 2 * one * 5632
+    assert saved["rope_kv_write"] == layers * 101 * 2 * one * (32 + 8) * 64
+    scores = 32 * (500 + 100 * 100)
+    assert saved["attention"] == pytest.approx(layers * 4 * one * scores, rel=0.15)
+    assert set(saved) == {"attention", "norm", "gated_linear", "rope_kv_write"}

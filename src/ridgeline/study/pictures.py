@@ -52,6 +52,8 @@ PART_COLOURS = {OTHER_OPS: "#BFDDF0", GAPS: "#D9D9D9", HOST: "#8A8A8A"}
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = {"prefill": "o", "decode": "^", "mixed": "s"}
 LEAST_AREA, MOST_AREA = 16.0, 480.0
+FAR = 12
+"""Times further apart than this are drawn on a logarithmic axis."""
 NAMED_SHARE = 0.04
 """Ops below this share of their phase stand without a name."""
 
@@ -157,6 +159,23 @@ def _short(number: float, _: Any = None) -> str:
     if number >= 1e6:
         return f"{number / 1e6:g}M"
     return f"{number / 1e3:g}k" if number >= 1e3 else f"{number:g}"
+
+
+def _logarithmic(*every: Any) -> None:
+    """Ticks of logarithmic axes (x or y of a panel): powers of ten, and 2, 3 and 5 of each where there are few."""
+    from matplotlib.ticker import FuncFormatter
+
+    def between(axis: Any) -> Any:
+        def shown(number: float, _: Any = None) -> str:
+            low, high = axis.get_view_interval()
+            first = round(number / 10 ** math.floor(math.log10(number) + 1e-9))
+            return _short(number) if high < 40 * low and first in (2, 3, 5) else ""
+
+        return FuncFormatter(shown)
+
+    for axis in every:
+        axis.set_major_formatter(FuncFormatter(_short))
+        axis.set_minor_formatter(between(axis))
 
 
 # Rooflines
@@ -324,14 +343,13 @@ def _span(panels: Sequence[RooflinePanel]) -> tuple[float, float, float, float]:
 
 
 def _roofs(axes: Any, panel: RooflinePanel, span: tuple[float, float, float, float]) -> None:
-    from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     low, high, bottom, top = span
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    _logarithmic(axes.xaxis)
     axes.yaxis.set_major_formatter(EngFormatter())
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     for number, roof in enumerate(panel.roofs):
         xs = [low, roof.ridge, high]
         ys = [min(x * roof.bytes_per_s, roof.flops_per_s) for x in xs]
@@ -601,7 +619,6 @@ def _groups(values: Sequence[float]) -> list[tuple[float, float]]:
 def batches(sweeps: Sequence[Sweep]) -> Any:
     """Left: throughput against what one user gets, along the batch. Right: FLOP/byte of the four cells, and ridges."""
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter
 
     figure, (left, right) = _figure(4.6, 1, 2)
     entries: dict[str, Any] = {}
@@ -643,8 +660,7 @@ def batches(sweeps: Sequence[Sweep]) -> Any:
     right.set(xscale="log", yscale="log")
     _words(right, "FLOP/byte: what a batch shares", "batch", "FLOP/byte")
     for axes in (left, right):
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(_short))
+        _logarithmic(axes.xaxis, axes.yaxis)
         axes.margins(x=0.12, y=0.1)
     _legend(figure, entries, columns=4)
     length = f"{first.prompt_len:,} + {first.output_len:,} tokens"
@@ -658,7 +674,6 @@ def batches(sweeps: Sequence[Sweep]) -> Any:
 def latency(found: Sequence[tuple[str, Capacity]], objectives: Mapping[str, float], title: str) -> Any:
     """Latencies over the request rates that a search has tried, a panel an objective; where each machine's knee is."""
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter
 
     figure, every = _figure(4.2, 1, len(objectives))
     entries: dict[str, Any] = {}
@@ -680,8 +695,7 @@ def latency(found: Sequence[tuple[str, Capacity]], objectives: Mapping[str, floa
         axes.axhline(limit * 1e3, color=INK, linewidth=1, linestyle=DASHED)
         said = f"{limit:g} s" if limit >= 1 else f"{limit * 1e3:g} ms"
         _note(axes, f"objective {said}", (0.0, limit * 1e3), (3, 3), xycoords=axes.get_yaxis_transform())
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(_short))
+        _logarithmic(axes.xaxis, axes.yaxis)
         _words(axes, objective.upper(), "requests/s", "ms")
     entries["99th percentile"] = Line2D([], [], color=FAINT, linewidth=1.6)
     entries["median"] = Line2D([], [], color=FAINT, linewidth=1.3, linestyle=":")
@@ -693,7 +707,6 @@ def latency(found: Sequence[tuple[str, Capacity]], objectives: Mapping[str, floa
 def distributions(runs: Sequence[tuple[str, Sequence[Served]]], objectives: Mapping[str, float], title: str) -> Any:
     """How TTFT, TPOT and E2E are distributed over a run's requests; several runs side by side."""
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter
 
     figure, every = _figure(3.6, 1, 3, sharey=True)
     for axes, name in zip(every, ("ttft", "tpot", "e2e")):
@@ -704,8 +717,10 @@ def distributions(runs: Sequence[tuple[str, Sequence[Served]]], objectives: Mapp
             axes.plot(values, shares, drawstyle="steps-post", color=colour, linewidth=1.5)
         if name in objectives:
             axes.axvline(objectives[name] * 1e3, color=INK, linewidth=1, linestyle=DASHED)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        drawn = [float(x) for line in axes.lines for x in line.get_xdata()]
+        if max(drawn, default=1.0) > FAR * min(drawn, default=1.0):
+            axes.set_xscale("log")
+            _logarithmic(axes.xaxis)
         axes.set_ylim(0, 101)
         _words(axes, name.upper(), "ms", "% of requests within" if name == "ttft" else "")
     if len(runs) > 1:
@@ -719,7 +734,6 @@ def distributions(runs: Sequence[tuple[str, Sequence[Served]]], objectives: Mapp
 
 def predictions(steps: Sequence[tuple[str, float, float]], title: str) -> Any:
     """(class of work, predicted, measured seconds) of steps, in bands of 5 and 10 %, and their errors by time."""
-    from matplotlib.ticker import FuncFormatter
 
     figure, (left, right) = _figure(4.6, 1, 2)
     kinds = dict(zip(dict.fromkeys(kind for kind, _, _ in steps), LINE_COLOURS))
@@ -747,8 +761,7 @@ def predictions(steps: Sequence[tuple[str, float, float]], title: str) -> Any:
         right.scatter([x for x, _ in pairs], [100 * (y / x - 1) for x, y in pairs], **style)
     left.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     right.set(xscale="log", xlim=ends)
-    for axis in (left.xaxis, left.yaxis, right.xaxis):
-        axis.set_major_formatter(FuncFormatter(_short))
+    _logarithmic(left.xaxis, left.yaxis, right.xaxis)
     _words(left, "A step's time; bands of ±5 and ±10 %", "measured, ms", "predicted, ms")
     _words(right, "How far off", "measured, ms", "predicted / measured - 1, %")
     errors = sorted(abs(predicted / measured - 1) for _, predicted, measured in steps)
