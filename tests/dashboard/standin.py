@@ -112,7 +112,7 @@ def application(board: Board, now: Now | None = None, keys: tuple[str, ...] = ()
     async def keyed(request: Request, go_on: Any) -> Response:
         given = request.headers.get("authorization", "")
         if keys and given.removeprefix("Bearer ") not in keys:
-            page = locked(request.method, request.url.path, request.headers.get("accept", ""))
+            page = locked(request.method, request.url.path.encode(), request.headers.get("accept", "").encode())
             refusal = {"message": "a valid API key is needed", "type": "invalid_request_error"}
             return page or JSONResponse({"error": {**refusal, "param": None, "code": "invalid_api_key"}}, 401)
         found: Response = await go_on(request)

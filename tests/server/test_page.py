@@ -52,7 +52,7 @@ def test_the_routes_are_no_part_of_the_api(client: TestClient) -> None:
 
 
 def test_a_browser_without_a_key_gets_the_page_that_asks_for_it() -> None:
-    answer = locked("GET", "/", "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8")
+    answer = locked("GET", b"/", b"text/html,application/xhtml+xml;q=0.9,*/*;q=0.8")
     assert answer is not None
     assert (answer.status_code, answer.body) == (401, document().body)
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -64,15 +64,16 @@ def test_a_browser_without_a_key_gets_the_page_that_asks_for_it() -> None:
 @pytest.mark.parametrize(
     ("method", "path", "accept"),
     [
-        ("GET", "/dashboard", "text/html"),
-        ("GET", "/v1/models", "text/html"),
-        ("GET", "//", "text/html"),
-        ("POST", "/", "text/html"),
-        ("GET", "/", "application/json"),
-        ("GET", "/", "*/*"),
+        ("GET", b"/dashboard", b"text/html"),
+        ("GET", b"/v1/models", b"text/html"),
+        ("GET", b"//", b"text/html"),
+        ("POST", b"/", b"text/html"),
+        ("GET", b"/", b"application/json"),
+        ("GET", b"/", b"*/*"),
+        ("GET", b"/", None),
     ],
 )
-def test_whoever_else_has_no_key_gets_the_error(method: str, path: str, accept: str) -> None:
+def test_whoever_else_has_no_key_gets_the_error(method: str, path: bytes, accept: bytes | None) -> None:
     assert locked(method, path, accept) is None
 
 

@@ -55,7 +55,7 @@ class Facts:
 class Now:
     """What the server knows better than the last step's record: a queue may be in front of the engine.
 
-    state: "starting", "ready", "draining" or "failed".
+    state: "ready", or another word, such as "starting", "restarting", "draining", "silent" or "failed".
     """
 
     state: str

@@ -95,6 +95,7 @@ class Answer(Response):
                 if not job.ended:
                     state.supervisor.abort(job)
                 state.metrics.ended(job.output, len(job.requests), job.requests[0].max_tokens)
+                state.live.ended(job.output)
             self._note(scope)
 
     def _note(self, scope: Scope) -> None:

@@ -14,6 +14,7 @@ from ridgeline import __version__
 from ridgeline.server import about, chat, completions, tokens
 from ridgeline.server.edge import Application, Edge
 from ridgeline.server.errors import ApiError, internal
+from ridgeline.server.page import page_router
 from ridgeline.server.state import State
 
 
@@ -24,6 +25,7 @@ def application(state: State) -> Application:
     app.include_router(completions.router(state))
     app.include_router(tokens.router(state))
     app.include_router(about.router(state))
+    app.include_router(page_router(state.live.snapshot))
     if state.settings.faults:
         app.include_router(about.debug_router(state))
     app.add_exception_handler(ApiError, _refused)

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ridgeline.server.errors import ApiError, internal, invalid, short, unauthorized
+from ridgeline.server.page import locked
 from ridgeline.server.settings import ServerSettings
 
 logger = logging.getLogger("ridgeline.server")
@@ -88,7 +89,12 @@ class Edge:
             self._check(scope)
             await self._inner(scope, receive, named)
         except ApiError as error:
-            if not status:
+            page = (
+                locked(scope["method"], scope["raw_path"], _header(scope, b"accept")) if error.status == 401 else None
+            )
+            if page is not None:
+                await page(scope, receive, named)
+            elif not status:
                 for message in response(error):
                     await named(message)
         except Exception:

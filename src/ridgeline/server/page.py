@@ -37,13 +37,13 @@ def page_router(source: Source) -> APIRouter:
     return router
 
 
-def locked(method: str, path: str, accept: str) -> Response | None:
+def locked(method: str, path: bytes, accept: bytes | None) -> Response | None:
     """The answer to a browser that opens the page without a valid key; None for any other request.
 
-    method, path: of the raw request; accept: its header. The document holds no figure and no secret: it asks for
-    the key, and sends it with every call.
+    method, path: of the request's first line, byte for byte; accept: its header. The document holds no figure and
+    no secret: it asks for the key, and sends it with every call.
     """
-    if method != "GET" or path != "/" or "text/html" not in accept:
+    if method != "GET" or path != b"/" or b"text/html" not in (accept or b""):
         return None
     found = document()
     headers = {name: value for name, value in found.headers.items() if name != "ETag"}

@@ -18,6 +18,7 @@ from ridgeline.engine.messages import Beat, Ready, Stepped
 from ridgeline.server.admission import Admission
 from ridgeline.server.errors import ApiError, invalid, short, shutting_down, starting
 from ridgeline.server.grammar_client import GrammarChecker
+from ridgeline.server.live import Live
 from ridgeline.server.metrics import Metrics
 from ridgeline.server.settings import ServerSettings
 from ridgeline.server.supervisor import Phase, Supervisor
@@ -83,6 +84,7 @@ class State:
         self.threads = ThreadPoolExecutor(2, "intake")
         self.streams: set[object] = set()
         supervisor, admission = self.supervisor, self.admission
+        self.live = Live(self.names[0], lambda: self.condition, lambda: admission.rows)
         for name, text, value in (
             ("engine_restarts", "Engine processes that died.", lambda: supervisor.restarts),
             ("requests_replayed", "Requests sent to a new engine.", lambda: supervisor.replayed),
@@ -98,6 +100,7 @@ class State:
         self.face = Face(facts, self.settings)
         self.admission.open(facts)
         self.metrics.engine(facts)
+        self.live.engine(facts)
         for line in facts.lines:
             logger.info("engine", extra={"fields": {"engine": line}})
         seconds = round(time.monotonic() - self.began_s, 2)
@@ -107,6 +110,7 @@ class State:
         if isinstance(message, Stepped):
             self.admission.pace.heard(message)
         self.metrics.heard(message)
+        self.live.heard(message)
 
     # What handlers ask
 
@@ -141,6 +145,14 @@ class State:
         if supervisor.phase is Phase.FAILED:
             return False
         return supervisor.phase is not Phase.READY or supervisor.silent_s <= self.settings.health_silence_s
+
+    @property
+    def condition(self) -> str:
+        """How the server is, in a word for people."""
+        if self.draining:
+            return "draining"
+        silent = self.supervisor.phase is Phase.READY and not self.ready
+        return "silent" if silent else str(self.supervisor.phase)
 
     async def drain(self) -> None:
         """Let nobody in; wait for those who are, then end the rest."""

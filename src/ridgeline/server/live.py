@@ -1,0 +1,89 @@
+"""What the live page is told: steps and ended requests, handed on to its board, and how the server stands.
+
+Knows the engine's messages and the board. It must not know HTTP or prometheus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ridgeline import __version__
+from ridgeline.core.request import RequestOutput
+from ridgeline.dashboard.board import NO_PROMPT, Board, Facts, Now, Step
+from ridgeline.engine.messages import Beat, Ready, Stepped
+
+
+class Live:
+    """One board for the life of the server, engines come and go.
+
+    state(): a word for the page, such as "ready". admitted(): outputs that hold a place, in the engine or before it.
+    """
+
+    def __init__(self, model: str, state: Callable[[], str], admitted: Callable[[], int]) -> None:
+        self._model = model
+        self._state = state
+        self._admitted = admitted
+        self._running = self._preemptions = 0
+        nothing = Facts(
+            model=model, device="", dtype="", version=f"ridgeline {__version__}", num_blocks=0, block_size=0,
+            max_num_seqs=0, max_model_len=0,
+        )  # fmt: skip
+        self.board = Board(nothing)
+
+    def engine(self, facts: Ready) -> None:
+        """An engine is ready: the first, or one in the place of another."""
+        self._running = self._preemptions = 0
+        self.board.facts = Facts(
+            model=self._model,
+            device=str(facts.settings.get("device", "")),
+            dtype=str(facts.settings.get("dtype", "")),
+            version=f"ridgeline {__version__}",
+            num_blocks=facts.num_blocks,
+            block_size=facts.block_size,
+            max_num_seqs=facts.max_num_seqs,
+            max_model_len=facts.max_model_len,
+        )
+
+    def heard(self, message: Stepped | Beat) -> None:
+        """A step, or word from an engine between steps."""
+        if isinstance(message, Beat):
+            if not message.requests:
+                self._running = 0
+            return
+        self._running = message.running
+        if not message.kind:
+            return
+        preempted = max(message.preemptions - self._preemptions, 0)
+        self._preemptions = message.preemptions
+        output = len(message.numbers)
+        self.board.step(
+            Step(
+                kind=message.kind,
+                output_tokens=output,
+                prompt_tokens=0 if message.kind in NO_PROMPT else max(message.new_tokens - output, 0),
+                device_s=message.device_s,
+                predicted_s=message.predicted_s,
+                running=message.running,
+                waiting=message.waiting,
+                free_blocks=message.free_blocks,
+                preempted=preempted,
+            )
+        )
+
+    def ended(self, output: RequestOutput) -> None:
+        """A request has come to its end, one way or another."""
+        found = output.metrics
+        reasons = [one.finish_reason or "abort" for one in output.outputs] or ["error"]
+        for number, reason in enumerate(reasons):
+            if number or found is None:
+                self.board.finished(reason)
+            else:
+                self.board.finished(reason, found.num_prompt_tokens, found.num_cached_tokens, found.tpot_s)
+        if found is not None and found.ttft_s is not None:
+            self.board.first_token(found.ttft_s)
+
+    def snapshot(self) -> dict[str, Any]:
+        """For the page, now."""
+        waiting = max(self._admitted() - self._running, 0)
+        return self.board.snapshot(Now(self._state(), self._running, waiting))
