@@ -145,18 +145,24 @@ def test_gpu_decode_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:
 
 
 def test_gpu_seeds_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:
-    """In fp32 on a CPU no neighbour changes a token: what would be reported as different is none."""
+    """On a CPU no neighbour changes a token, with the mode or without: what would be reported as different is none."""
     result = bench(gpu_seeds, "--device", "cpu")
-    assert result["summary"] == {
-        "float32": {
-            "requests": 4,
-            "requests_that_differ": 0,
-            "first_differences": [],
-            "differences_a_token": 0.0,
-            "same_when_the_batch_is_repeated": 4,
-        }
+    none = {
+        "requests": 4,
+        "requests_that_differ": 0,
+        "first_differences": [],
+        "differences_a_token": 0.0,
+        "same_when_the_batch_is_repeated": 4,
+        "same_alone_in_chunks": 4,
+        "same_with_the_prefix_found": 4,
     }
+    price = result["summary"].pop("price")
+    assert result["summary"] == {mode: {"float32": none} for mode in gpu_seeds.MODES}
+    assert [one["met"] for one in result["targets"]] == [True]
     assert result["settings"]["new_tokens"] == 8
+    for mode in gpu_seeds.MODES:
+        assert len(price[mode]) == 3
+        assert all(len(times) == 2 and min(times) > 0 for times in result["timings"][mode].values())
 
 
 def test_the_first_difference_is_where_tokens_part() -> None:
