@@ -78,7 +78,7 @@ class State:
         self.names = settings.served_model_name or (_name_of(settings),)
         self.metrics = Metrics(self.names[0])
         self.admission = Admission(settings)
-        self.supervisor = Supervisor(settings, self._ready, self._heard)
+        self.supervisor = Supervisor(settings, self._ready, self._heard, self.metrics.itl.observe)
         self.face: Face | None = None
         self.draining = False
         self.threads = ThreadPoolExecutor(2, "intake")

@@ -86,7 +86,8 @@ class _Wire(asyncio.Protocol):
 class Supervisor:
     """One engine process at a time, and the jobs it works on.
 
-    heard(message) learns of every Stepped and Beat. ready(facts) runs once, before the first request is let in.
+    heard(message) learns of every Stepped and Beat, gap(seconds) of the time between two tokens of a request.
+    ready(facts) runs once, before the first request is let in.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Supervisor:
         settings: ServerSettings,
         ready: Callable[[Ready], Any],
         heard: Callable[[Stepped | Beat], None] = lambda message: None,
+        gap: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.settings = settings
         self.phase = Phase.STARTING
@@ -110,6 +112,8 @@ class Supervisor:
         self.ended = asyncio.Event()
         self._ready = ready
         self._heard = heard
+        self._gap = gap
+        self._last_s: dict[int, float] = {}
         self._jobs: dict[int, Job] = {}
         self._numbers = itertools.count(1)
         self._deaths: deque[float] = deque()
@@ -152,6 +156,8 @@ class Supervisor:
         if job in self._waiting:
             self._waiting.remove(job)
         numbers = [number for number in job.numbers if self._jobs.pop(number, None) is not None]
+        for number in numbers:
+            self._last_s.pop(number, None)
         if numbers:
             self._send(Abort(numbers))
 
@@ -259,6 +265,7 @@ class Supervisor:
         self.steps = 0
         jobs = list(dict.fromkeys(self._jobs.values()))
         self._jobs.clear()
+        self._last_s.clear()
         kept: list[Job] = []
         for job in jobs:
             if job.told or (job.running and job.replays >= self.settings.max_replays):
@@ -356,6 +363,10 @@ class Supervisor:
             job = jobs.get(number)
             if job is None:
                 continue
+            before = self._last_s.get(number)
+            if before is not None:
+                self._gap(now - before)
+            self._last_s[number] = now
             try:
                 score = TokenScore(token, *scores[number]) if number in scores else TokenScore(token)
                 stopped = job.token(number, score, now)
@@ -364,10 +375,11 @@ class Supervisor:
                 self._fail(job, internal())
                 continue
             if stopped is not None:
-                del jobs[number]
+                del jobs[number], self._last_s[number]
                 self._send(Finish(number, stopped.at_token, stopped.stop))
         for number, reason, stop, preemptions in step.ended:
             job = jobs.pop(number, None)
+            self._last_s.pop(number, None)
             if job is not None:
                 job.finished(number, reason, stop, preemptions, now)
         self._heard(step)
