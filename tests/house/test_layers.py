@@ -55,7 +55,6 @@ PACKAGES = {
     "pydantic": {"server"},
     "prometheus_client": {"server"},
     "llguidance": {"text"},
-    "fastapi": {"server"},
     "flashinfer": {"study"},  # a peer that is measured where it is there; no dependency
 }
 """Third-party package -> folders (or single modules) that may import it. Any other package: nowhere."""

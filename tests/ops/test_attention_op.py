@@ -199,7 +199,7 @@ def test_a_right_call_is_none_of_these() -> None:
      ({"return_lse": True}, "return_lse")],
 )  # fmt: skip
 def test_a_kernel_refuses_what_it_does_not_do(changes: dict[str, Any], name: str) -> None:
-    with pytest.raises(KernelRefused, match=rf"^{name}: cpu does not do .*, only paged, window; .* would do$"):
+    with pytest.raises(KernelRefused, match=rf"^{name}: cpu does not do .*, only paged, window, tree; .* would do$"):
         attention.kernels["cpu"].call(**given_call(**changes))
 
 

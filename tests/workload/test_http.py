@@ -189,7 +189,7 @@ def test_nobody_there() -> None:
         async with endpoint(lambda heard, writer: asyncio.sleep(0)) as found:
             url = found.url
         async with Client(Address.of(url)) as client:
-            with pytest.raises(HttpError, match="no connection .Connection refused"):
+            with pytest.raises(HttpError, match=r"no connection .Connection refused"):
                 await client.ask("GET", "/")
 
     run(ask())

@@ -89,8 +89,8 @@ class Engine:
 
         Empty if there was nothing to run, or if the step is under way and nothing was before it.
         If the executor raises, the requests of the step have ended (what it wrote of them is unknown), or with
-        `retreats` all who ran wait again; their blocks are back, and the error goes on to the caller. Events of a step read before it in the same
-        call come with the next call.
+        `retreats` all who ran wait again; their blocks are back, and the error goes on to the caller. Events of
+        a step read before it in the same call come with the next call.
         """
         start = self.clock.now()
         preempted = self.scheduler.preemptions

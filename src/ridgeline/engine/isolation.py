@@ -1,7 +1,8 @@
 """Which request makes steps fail: found by letting halves of a failed step go alone.
 
 Knows an Engine that retreats, and requests. It must not know messages or what went wrong. A request is acquitted
-when it has brought a token; one that keeps failing alone is condemned, and everyone else goes on as if nothing had been.
+when it has brought a token; one that keeps failing alone is condemned, and everyone else goes on as if nothing had
+been.
 """
 
 from __future__ import annotations
