@@ -365,4 +365,6 @@ def test_the_rung_of_attention(tiny: Path) -> None:
     assert served["attention"] == "reference"
     assert served["norm"] == "cpu"
     assert "attention_backend: must be auto" in refusal("kernels", "--model", tiny, "--attention-backend", "best")
-    assert "attention has no kernel triton here" in refusal("kernels", "--model", tiny, "--attention-backend", "triton")
+    refused = refusal("kernels", "--model", tiny, "--attention-backend", "triton")
+    # Whether another test has loaded the GPU's kernels into this process decides which of the two is said.
+    assert "attention has no kernel triton here" in refused or "triton: needs a cuda device" in refused
