@@ -140,17 +140,21 @@ def test_more_outputs_than_ever_fit(server: Served) -> None:
 def test_32_a_deadline_in_the_queue_and_one_while_running(server: Served) -> None:
     with slowed(server, 20):
         answers = many(server, 8, LONG)
-        queued = [one for one in answers if one.status_code == 503]
-        late = [one for one in answers if one.status_code == 504]
-        assert (len(queued), len(late)) == (4, 4)
-        for one in queued:
-            is_refusal(one, 503, code="queue_timeout")
-            assert one.headers["retry-after"]
-        for one in late:
-            is_refusal(one, 504, code="request_timeout")
+    queued = [one for one in answers if one.status_code == 503]
+    late = [one for one in answers if one.status_code == 504]
+    assert (len(queued), len(late)) == (4, 4)
+    for one in queued:
+        is_refusal(one, 503, code="queue_timeout")
+        assert one.headers["retry-after"]
+    for one in late:
+        is_refusal(one, 504, code="request_timeout")
+
+
+def test_32_a_deadline_in_the_middle_of_a_stream(server: Served) -> None:
+    with slowed(server, 20):
         parts = events(server.post(COMPLETIONS, {**LONG, "stream": True}).text)
-        assert parts[-1]["error"]["code"] == "request_timeout"
-        assert parts[0]["choices"][0]["text"]
+    assert parts[-1]["error"]["code"] == "request_timeout"
+    assert parts[0]["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -172,12 +176,17 @@ def test_33_whoever_leaves_is_forgotten(server: Served, stream: bool, after_s: f
 def test_34_a_reader_that_does_not_read_is_cut_off(server: Served) -> None:
     """Others go on meanwhile; nothing is kept for it beyond its limit."""
     body = json.dumps({**LONG, "n": 4, "temperature": 1.0, "stream": True, "logprobs": 5}).encode()
+    began = time.monotonic()
     link = socket.socket()
     link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     link.connect(("127.0.0.1", server.port))
     try:
         link.sendall(head(f"Content-Length: {len(body)}") + body)
+        time.sleep(0.3)
+        server.canary()
         server.settled(8)
+        assert time.monotonic() - began < 2.7  # before its deadline
+        assert '"gone": true' in "".join(server.log[-4:])
     finally:
         link.close()
 

@@ -49,9 +49,9 @@ class Ticket:
             self._admission.tokens += tokens - self.tokens
             self.tokens = tokens
 
-    def started(self) -> None:
-        """Its prompt is computed: it is not ahead of anyone any more."""
-        self.counted(0)
+    def computed(self, tokens: int) -> None:
+        """So many of its prompt tokens are computed: they are not ahead of anyone any more."""
+        self.counted(self.tokens - tokens)
 
     def release(self) -> None:
         if self._held:

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -205,6 +206,7 @@ async def _planned(
     for text, requests in found:
         job = Job.of(text, requests, face.tokenizer, grammar, arrival_s, body.stream)
         job.changed = news
+        job.on_first_token = partial(ticket.computed, len(requests[0].tokens))
         jobs.append(job)
     ticket.counted(sum(len(requests[0].tokens) for _, requests in found))
     return Plan(jobs, ticket, face, shown, news)

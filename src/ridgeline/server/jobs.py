@@ -40,7 +40,7 @@ class Job:
 
     numbers: of its requests in the engine; changed when it is sent again. changed: set when there is news.
     streaming: news means any token, not only the end. told: something has left for the client. running: the engine
-    has begun with it. error: why it ended badly.
+    has begun with it. error: why it ended badly. on_first_token: called once, when its prompt is computed.
     """
 
     text: str | None
@@ -56,7 +56,7 @@ class Job:
     running: bool = False
     replays: int = 0
     error: ApiError | None = None
-    on_end: Callable[[Job], None] | None = None
+    on_first_token: Callable[[], None] | None = None
 
     @classmethod
     def of(
@@ -112,6 +112,9 @@ class Job:
         self.delivery.scheduled(request)
 
     def token(self, number: int, score: TokenScore, now_s: float) -> Stopped | None:
+        if self.on_first_token is not None:
+            self.on_first_token()
+            self.on_first_token = None
         _, stopped = self.delivery.push(str(number), score, now_s)
         if self.streaming or (stopped is not None and self.ended):
             self.changed.set()

@@ -27,6 +27,8 @@ from ridgeline.server.state import State
 
 logger = logging.getLogger("ridgeline.server")
 LONGEST_FAREWELL_S = 2.0
+SEND_BUFFER_BYTES = 256 * 1024
+"""What the system may hold of an answer that nobody reads; left to itself, it would be megabytes a stream."""
 
 
 class _Server(uvicorn.Server):
@@ -43,6 +45,7 @@ def bound(settings: ServerSettings) -> socket.socket:
     # Named TCP: asyncio turns off delays of small writes only where the protocol is not left open.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit it
     try:
         listener.bind((settings.host, settings.port))
     except OSError as error:
