@@ -39,13 +39,13 @@ TOLERANCES = {
     "TPOT p99": 0.20,
 }
 """How far from the real run a simulation may be: the issue's lines."""
-MOST_ROUNDS = 9
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
     options = arguments().parse_args(argv)
     if options.quick:
-        options.requests, options.scale, options.rounds, options.seats, options.max_model_len = 8, 32, 1, 4, 256
+        options.requests, options.scale, options.rounds, options.most_rounds = 8, 32, 1, 1
+        options.seats, options.max_model_len = 4, 256
     record = measure(options)
     record.close()
     return record
@@ -59,6 +59,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--seats", type=int, default=64, help="requests in a step at most, and in the closed loop")
     result.add_argument("--max-model-len", type=int, help="longest sequence; the model's own if left out")
     result.add_argument("--card", type=Path, help="a card to predict by; if it is not there, it is made and kept there")
+    result.add_argument("--most-rounds", type=int, default=9, help="rounds at most, while they do not agree")
     result.add_argument("--only-card", action="store_true", help="calibrate, write the card and stop")
     return result
 
@@ -147,7 +148,7 @@ def simulated_run(llm: LLM, jobs: Sequence[Job], card: Card) -> Run:
 
 
 def served_runs(llm: LLM, jobs: Sequence[Job], options: argparse.Namespace, record: Record) -> list[Run]:
-    """Rounds on the wall's clock until the last ones agree, or MOST_ROUNDS."""
+    """Rounds on the wall's clock until the last ones agree, or as many as may be."""
     runs: list[Run] = []
     while True:
         steps: list[StepRecord] = []
@@ -160,7 +161,7 @@ def served_runs(llm: LLM, jobs: Sequence[Job], options: argparse.Namespace, reco
         record.observe(f"round {len(runs)}")
         if len(runs) < options.rounds:
             continue
-        if steady(runs[-options.rounds :]) or len(runs) >= max(MOST_ROUNDS, options.rounds):
+        if steady(runs[-options.rounds :]) or len(runs) >= max(options.most_rounds, options.rounds):
             return runs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from ridgeline.core.errors import DoesNotFit, InvalidArgument
 from ridgeline.perf.hardware import find
-from ridgeline.study.plan import Planner, batches, planner
+from ridgeline.study.plan import Planner, batches, datasheet, datasheet_of, named, planner
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -109,6 +110,26 @@ def test_batching_helps_weights_and_not_attention(llama: Planner) -> None:
     assert below < machine.balance("float16") <= at
     assert [row.fits for row in sweep.rows] == [True, True, False]
     assert [row.tpot_s for row in sweep.rows] == sorted(row.tpot_s for row in sweep.rows)
+
+
+def test_drivers_names_are_found_in_the_table() -> None:
+    names = {
+        "NVIDIA H200": "h200",
+        "NVIDIA A10": "a10",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA A100-SXM4-40GB": "a100-40",
+        "NVIDIA A100-SXM4-80GB": "a100-80",
+        "NVIDIA H100 80GB HBM3": "h100-sxm",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA GeForce RTX 5090": "rtx5090",
+        "NVIDIA GeForce RTX 3060": None,
+        "some CPU": None,
+    }
+    assert {name: getattr(named(name), "id", None) for name in names} == names
+    assert datasheet(find("h200")) is None
+    here = datasheet(replace(find("h200"), id="this", name="this NVIDIA H200", memory_bytes_per_s=4e12))
+    assert here is find("h200")
+    assert datasheet_of("cpu") is None
 
 
 def test_batches() -> None:

@@ -44,6 +44,7 @@ def command(
     from ridgeline.perf.card import load_card
     from ridgeline.study import pictures
     from ridgeline.study.explain import explain
+    from ridgeline.study.plan import datasheet_of
     from ridgeline.workload.arrivals import equal
 
     for name, value in (("batch", batch), ("prompt_len", prompt_len), ("output_len", output_len), ("rounds", rounds)):
@@ -65,9 +66,10 @@ def command(
                 llm.built, equal(batch, prompt_len, output_len), rounds=rounds, progress=progress, card=measured
             )
         where = f"{llm.built.directory.name}, {llm.built.config.dtype}, {llm.built.config.device}"
+        sheet = datasheet_of(llm.built.config.device)
     if plot is not None:
         title = f"{where}: {batch} × ({prompt_len} + {output_len}) tokens"
-        pictures.save(pictures.explained(steps, title), plot)
+        pictures.save(pictures.explained(steps, title, sheet), plot)
     if as_json:
         print(json.dumps({"engine": where, "batch": batch, "steps": [one.as_dict() for one in steps]}))
         return
@@ -88,6 +90,7 @@ def table(step: Explained, where: str) -> Table:
     said = step.predicted
     columns = ["", "ms", "of step", "limit, ms", "of limit"]
     shown = Table(*columns, *(() if said is None else ("card, ms", "off by")), title=title)
+    shown.columns[0].no_wrap = True
 
     def row(name: str, seconds: float, floor: float | None = None, card: float | None = None) -> None:
         share = "" if floor is None or not seconds else f"{floor / seconds:.0%}"
@@ -108,7 +111,7 @@ def table(step: Explained, where: str) -> Table:
         shown.add_section()
         others = [one for one in ops if one.op != "attention"]
         seconds, floor = sum(one.measured_s for one in others), sum(one.floor_s for one in others)
-        row("all ops but attention", seconds, floor, said.other_ops_s)
+        row("all but attention", seconds, floor, said.other_ops_s)
     row("gaps", step.gaps_s, card=None if said is None else said.around_s)
     row("host", step.host_s, card=None if said is None else said.host_s)
     shown.add_section()
@@ -116,7 +119,7 @@ def table(step: Explained, where: str) -> Table:
     if step.padding:
         row(f"of it, {step.padding:.2g} padded rows", step.padding_s)
     shown.caption = (
-        "gaps: preparation, calls, results; host: scheduling, commit; "
+        "gaps: preparation, calls, results; host: scheduling, commit;\n"
         f"watching cost {milliseconds(max(step.observer_s, 0))} a step"
     )
     if scale < 0.95:  # steps in a graph: ops that are watched one by one take longer than together

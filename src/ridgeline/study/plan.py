@@ -286,10 +286,24 @@ def batches(text: str) -> list[int]:
 
 def datasheet(machine: Hardware) -> Hardware | None:
     """The table's machine of the same name as a measured one; None for a machine of the table, or if none is."""
-    if machine.id != THIS:
-        return None
-    name = machine.name.removeprefix("this ")
-    return next((one for one in known().values() if one.name == name or one.name.split()[1] in name.split()), None)
+    return named(machine.name.removeprefix("this ")) if machine.id == THIS else None
+
+
+def datasheet_of(device: str) -> Hardware | None:
+    """The table's machine for a device ("cuda:0"), by the name that its driver tells; None for a CPU."""
+    return named(torch.cuda.get_device_name(device)) if torch.device(device).type == "cuda" else None
+
+
+def named(name: str) -> Hardware | None:
+    """The table's machine of a driver's name, such as "NVIDIA A100-SXM4-80GB": of the same chip, and then the one whose
+    name shares most with it."""
+    words = name.replace("-", " ").split()
+
+    def chip(machine: Hardware) -> str:
+        return next((word for word in machine.name.split() if any(map(str.isdigit, word))), machine.name)
+
+    same = [one for one in known().values() if chip(one) in words]
+    return max(same, key=lambda one: sum(word in name for word in one.name.split()), default=None)
 
 
 def machines(names: Sequence[str] | None) -> list[Hardware]:
@@ -554,10 +568,7 @@ def this_machine() -> Hardware:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, sms = properties.name, properties.multi_processor_count
-        try:
-            card = next(one for one in known().values() if one.name.split()[1] in name.split())
-        except StopIteration:
-            card = None
+        card = named(name)
     else:
         name, sms, card = "this CPU", torch.get_num_threads(), None
     measured = {"matrix, memory": "measured just now"}
