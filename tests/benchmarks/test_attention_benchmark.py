@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention
+from benchmarks import attention, attention_accuracy
 
 
 def test_experiments_on_record(tmp_path: Path) -> None:
@@ -30,3 +30,14 @@ def test_experiments_on_record(tmp_path: Path) -> None:
 def test_an_unknown_experiment_is_refused() -> None:
     with pytest.raises(ValueError, match="experiment: must be one of report"):
         attention.main(["speed", "--quick", "--device", "cpu", "--rungs", "blocked"])
+
+
+def test_errors_on_record(tmp_path: Path) -> None:
+    arguments = ["--quick", "--device", "cpu", "--threads", "1", "--causal", "--out", str(tmp_path / "result.json")]
+    attention_accuracy.main(arguments)
+    result = json.loads((tmp_path / "result.json").read_text())
+    for dtype in ("fp16", "bf16"):
+        errors = result["summary"][f"{dtype}, B1 S128 H2 D64 causal"]
+        assert {"standard", "blocked", "fused", "torch-cpu"} <= set(errors)
+        assert 0 < errors["blocked"]["rounded"] < errors["standard"]["rounded"] < 1e-2
+    assert all(one["met"] for one in result["targets"])
