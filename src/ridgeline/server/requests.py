@@ -292,7 +292,11 @@ def _check_chat(body: ChatRequest, settings: ServerSettings) -> None:
             wanted = body.tool_choice.function.name
             if wanted not in [tool.function.name for tool in body.tools]:
                 raise invalid("tool_choice", f"tool_choice: {short(wanted)!r} is none of the tools")
-    if body.response_format is not None and body.response_format.type != "text":
+    shaped = body.response_format is not None and body.response_format.type != "text"
+    called = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+    if body.bad_words and (shaped or called):
+        raise invalid("bad_words", "bad_words: with response_format or a forced tool, they could leave no token at all")
+    if shaped:
         forced = body.tools and body.tool_choice not in (None, "none", "auto")
         if forced:
             raise invalid("response_format", "response_format and a forced tool_choice exclude each other")
