@@ -1,4 +1,4 @@
-"""Small calls of one rung of attention, to be run under compute-sanitizer:
+"""Small calls of one kernel of attention, to be run under compute-sanitizer:
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 tests/kernels/cuda/cuda_sanitize.py v2
 """
@@ -7,37 +7,105 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 
+from ridgeline.kernels.cuda import decode, decode_wide, merge
 from ridgeline.ops.attention import attention, attention_inputs
 
 NEW, VISIBLE, TAILS = (1, 70, 5, 0, 33), (1, 130, 3, 9, 200), (1, 40, 0, 0, 20)
-MODULES = {"decode": "decode"}
-"""Modules that are not named after their rung."""
+FEW, FEW_VISIBLE, FEW_TAILS = (1, 2, 1, 0, 3), (1, 130, 3, 9, 500), (1, 2, 0, 0, 3)
+HEAD_DIMS = (64, 128, 256)
+FEATURES: tuple[tuple[int | None, int | None, dict[str, Any]], ...] = (
+    (None, None, {}),
+    (None, None, {"causal": False}),
+    (16, None, {}),
+    (64, 40, {"sinks": True}),
+    (48, 64, {"tails": True, "softcap": 5.0}),
+)
+"""Page, window, and the rest."""
 
 
-def main(rung: str) -> None:
-    importlib.import_module(f"ridgeline.kernels.cuda.{MODULES.get(rung, f'attention_{rung}')}")
-    kernel = attention.kernels[rung]
-    calls = 0
-    for head_dim in (64, 128, 256):
-        for page, window, more in (
-            (None, None, {}),
-            (None, None, {"causal": False}),
-            (16, None, {}),
-            (64, 40, {"sinks": True}),
-            (48, 64, {"tails": TAILS, "softcap": 5.0}),
-        ):
-            arguments = attention_inputs(
-                "cuda", torch.bfloat16, 4, 2, head_dim, page, window, NEW, VISIBLE, return_lse=True, **more
+def arguments(
+    new: tuple[int, ...], visible: tuple[int, ...], tails: tuple[int, ...], head_dims: tuple[int, ...] = HEAD_DIMS
+) -> Iterator[dict[str, Any]]:
+    """Calls of every kind for batches of these rows and keys."""
+    for head_dim in head_dims:
+        for page, window, more in FEATURES:
+            more = {**more, "tails": tails} if "tails" in more else more
+            yield dict(
+                attention_inputs(
+                    "cuda", torch.bfloat16, 4, 2, head_dim, page, window, new, visible, return_lse=True, **more
+                )
             )
-            if kernel.accepts is None or kernel.accepts(**arguments) is None:
-                kernel.call(**arguments)
-                calls += 1
+
+
+def rung(name: str) -> int:
+    importlib.import_module(f"ridgeline.kernels.cuda.attention_{name}")
+    kernel, calls = attention.kernels[name], 0
+    for call in arguments(NEW, VISIBLE, TAILS):
+        if kernel.accepts is None or kernel.accepts(**call) is None:
+            kernel.call(**call)
+            calls += 1
+    return calls
+
+
+def narrow() -> int:
+    """Few rows, in equal shares and in fixed pieces; many rows in fixed pieces, which take no other kernel."""
+    calls = 0
+    for call in arguments(FEW, FEW_VISIBLE, FEW_TAILS):
+        for pieces in (None, 64):
+            decode.run(pieces, **call)
+            calls += 1
+    for call in arguments(NEW, VISIBLE, TAILS, (128,)):
+        decode.run(64, **call)
+        calls += 1
+    return calls
+
+
+def wide() -> int:
+    """Many rows, on Hopper."""
+    calls, launch = 0, decode_wide.launch
+
+    def counted(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        launch(*given)
+
+    setattr(decode_wide, "launch", counted)  # noqa: B010
+    for call in arguments(NEW, VISIBLE, TAILS):
+        decode.run(None, **call)
+    return calls
+
+
+def merged() -> int:
+    calls = 0
+    for head_dim in HEAD_DIMS:
+        for dtype in merge.DTYPES:
+            sides = [torch.randn(37, 6, head_dim, device="cuda").to(dtype) for _ in range(2)]
+            logs = [torch.randn(37, 6, device="cuda") for _ in range(2)]
+            logs[0][3] = logs[1][5] = float("-inf")
+            merge.merge_attended(sides[0], logs[0], sides[1], logs[1])
+            calls += 1
+    return calls
+
+
+CASES: dict[str, Callable[[], int]] = {
+    **{name: partial(rung, name) for name in ("v1", "v2", "sm90")},
+    "decode": narrow,
+    "decode_wide": wide,
+    "merge": merged,
+}
+
+
+def main(name: str) -> None:
+    calls = CASES[name]()
     torch.cuda.synchronize()
-    print(f"{rung}: {calls} calls")
-    assert calls, f"{rung} takes none of these calls"
+    print(f"{name}: {calls} calls")
+    assert calls, f"{name} takes none of these calls"
 
 
 if __name__ == "__main__":
