@@ -206,6 +206,8 @@ class Request:
     computed: leading tokens that steps have computed and whose results are in. planned: the same and what
         steps under way compute; equal to computed when there are none.
     unread: tokens sampled by steps under way, not in `tokens` yet.
+    steps: those that brought tokens. drafted: nodes of trees that were verified for it; accepted: those of them
+        that became tokens.
     """
 
     request_id: str
@@ -228,6 +230,9 @@ class Request:
     unread: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
     finish: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -252,6 +257,8 @@ class RequestMetrics:
 
     queued_s: arrival to first scheduled; ttft_s: arrival to first token; e2e_s: arrival to last;
     tpot_s: (e2e - ttft) / (tokens - 1), None below two tokens.
+    num_steps: engine steps that brought tokens, over all completions. num_draft_tokens: nodes of draft trees that
+    were verified; num_accepted_tokens: those of them that became tokens. Without speculation both are 0.
     """
 
     arrival_s: float
@@ -262,6 +269,9 @@ class RequestMetrics:
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def ttft_s(self) -> float | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ridgeline.core.request import SamplingParams
+from ridgeline.core.tree import TokenTree
 
 UNREAD = -1
 """Stands in a chunk for the token that the step before sampled for its request: only the device knows it yet."""
@@ -39,13 +40,16 @@ class Sampling(NamedTuple):
 class Chunk(NamedTuple):
     """New tokens of one request in a step.
 
-    start: tokens of the request already in the cache; the chunk holds tokens[start : start + new], of which
-        the last may be UNREAD.
-    blocks: the request's block table, covering start + len(token_ids) tokens.
+    start: tokens of the request already in the cache; the chunk holds tokens[start : start + len(token_ids)],
+        of which the last may be UNREAD.
+    blocks: the request's block table, covering `visible` tokens.
     sampling: None if the chunk ends before the last known token (an unfinished prefill).
     prompt_logprobs: alternatives a prompt token to report for this chunk's tokens, or None.
     targets: with prompt_logprobs, the token that follows each token of the chunk and is scored (may
         be one shorter than token_ids at the end of the prompt).
+    tree: drafted tokens behind the last one, to be verified in this step, or None. Node i takes slot
+        start + len(token_ids) + i; its position is that of the last token plus its depth.
+    behind: with a tree, how the token behind each of its nodes is chosen.
     """
 
     request_id: str
@@ -55,14 +59,18 @@ class Chunk(NamedTuple):
     sampling: Sampling | None
     prompt_logprobs: int | None = None
     targets: Sequence[int] = ()
+    tree: TokenTree | None = None
+    behind: Sequence[Sampling] = ()
 
     @property
     def new(self) -> int:
-        return len(self.token_ids)
+        """Rows that the chunk takes: tokens and nodes."""
+        return len(self.token_ids) + (0 if self.tree is None else len(self.tree))
 
     @property
     def visible(self) -> int:
-        return self.start + len(self.token_ids)
+        """Slots up to the chunk's last row."""
+        return self.start + self.new
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,9 @@ class StepPlan:
 
     @property
     def kind(self) -> str:
-        """Class of work: "decode" (one new token each), "prefill" (none so) or "mixed"."""
+        """Class of work: "decode" (one new token each), "prefill" (none so), "mixed", or "tree" if some verify one."""
+        if any(chunk.tree is not None for chunk in self.chunks):
+            return "tree"
         ones = sum(chunk.new == 1 for chunk in self.chunks)
         if ones == len(self.chunks):
             return "decode"
@@ -96,17 +106,27 @@ class TokenScore:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Accepted(NamedTuple):
+    """What verification of a tree came to: the nodes on its path, top down, and the tokens chosen on the way,
+    which are those of the nodes and one more."""
+
+    nodes: Sequence[int]
+    tokens: Sequence[TokenScore]
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a step produced, by request id.
 
-    sampled: the next token of every chunk with a Sampling.
+    sampled: the next token of every chunk with a Sampling and no tree. accepted: of every chunk with a tree;
+        keys and values of the accepted nodes are in the slots of their positions by then.
     prompt_scores: one score a target token, for chunks with prompt_logprobs.
     device_s: seconds the device (or its price) took for the step.
     padding: rows computed for nobody, because the step ran at a captured size.
     """
 
     sampled: dict[str, TokenScore] = field(default_factory=dict)
+    accepted: dict[str, Accepted] = field(default_factory=dict)
     prompt_scores: dict[str, list[TokenScore]] = field(default_factory=dict)
     device_s: float = 0.0
     padding: int = 0
@@ -116,7 +136,8 @@ class StepResult:
 class StepRecord:
     """One step for the record: decided, predicted, measured (seconds).
 
-    spans: (new, visible) a request. sampled: requests that got a next token. predicted_s: None while nothing
+    spans: (new, visible) a request. sampled: requests that got a next token. drafted, accepted: nodes of trees
+    that were verified and that became tokens; draft_s: what drafting them took. predicted_s: None while nothing
     predicts. padding: rows computed for nobody.
     host_s: scheduling, preparation and commit, i.e. the step less the executor's part; with overlap this and
     the device's part of the step before happen at the same time.
@@ -135,6 +156,9 @@ class StepRecord:
     predicted_s: float | None = None
     sampled: int = 0
     padding: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ class Attention:
             batch.spans,
             self.scale,
             self.window,
+            **({} if batch.tree is None else {"tree": batch.tree, "tails": batch.tails}),
         )
         return self.out(mixed.view(mixed.shape[0], -1), ops)
 

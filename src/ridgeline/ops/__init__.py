@@ -6,7 +6,7 @@ Importing this package fills the registry. It must not know which kernel serves 
 from ridgeline.ops.attention import attention
 from ridgeline.ops.embed import embed
 from ridgeline.ops.feed import feed
-from ridgeline.ops.kv_move import kv_move
+from ridgeline.ops.kv_move import kv_compact, kv_move
 from ridgeline.ops.linear import linear
 from ridgeline.ops.mlp import gate, gated_linear
 from ridgeline.ops.moe import moe
@@ -28,6 +28,7 @@ __all__ = [
     "feed",
     "gate",
     "gated_linear",
+    "kv_compact",
     "kv_move",
     "layer_norm",
     "linear",

@@ -1,6 +1,6 @@
-"""Copying whole KV blocks, for copy-on-write.
+"""Copying whole KV blocks, for copy-on-write; and single slots, when a draft tree's accepted path closes its ranks.
 
-Knows pages. It must not know why a block is copied.
+Knows pages. It must not know why something is copied.
 """
 
 from __future__ import annotations
@@ -40,3 +40,34 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
 
 
 kv_move.kernel("torch", needs=cuda(0), invariant=True)(kv_move.reference)
+
+
+@op("movement", by_rows=True, float32=Tolerance(0, 0), bfloat16=Tolerance(0, 0), float16=Tolerance(0, 0))
+def kv_compact(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy slots source[i] -> target[i] in every pages tensor [blocks, Hk, block, D], in place.
+
+    source, target: [N] int64, slot s being row s % block of block s // block. Targets differ, and none is the
+    source of a later entry, so that one after the other and all at once are the same.
+    """
+    for page in pages:
+        block = page.shape[2]
+        page[target // block, :, target % block] = page[source // block, :, source % block]
+
+
+@kv_compact.cost
+def _(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.Tensor) -> Cost:
+    slot = sum(page.shape[1] * page.shape[3] * page.element_size() for page in pages)
+    return Cost(read_bytes=slot * source.numel(), write_bytes=slot * source.numel(), launches=len(pages))
+
+
+@kv_compact.examples
+def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
+    for width in (8, 40):
+        yield {
+            "pages": [torch.randn(6, 2, 16, width, device=device, dtype=dtype) for _ in range(3)],
+            "source": torch.tensor([35, 37, 80, 17], device=device),
+            "target": torch.tensor([34, 35, 36, 5], device=device),
+        }
+
+
+kv_compact.kernel("torch", needs=cuda(0), invariant=True)(kv_compact.reference)

@@ -91,7 +91,7 @@ class Price:
 
     def trace(self, spans: Spans, rows: int, greedy: bool, ops: Ops, kind: str = "mixed") -> None:
         """Run a step's ops on meta tensors; whoever observes `ops` sees them."""
-        batch = meta_batch(spans.new, spans.visible, rows, self.block_size, kind)
+        batch = meta_batch(spans, rows, self.block_size, kind)
         run_meta(self.model, batch, self.pages, rows, greedy, ops)
 
     def _dense(self, tokens: int, rows: int, greedy: bool) -> _Dense:

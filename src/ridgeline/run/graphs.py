@@ -155,7 +155,7 @@ class DecodeGraphs:
     def serves(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is one of decoding that fits: one new token each, no scores of prompts."""
         return len(chunks) <= self.sizes[-1] and all(
-            len(chunk.token_ids) == 1 and chunk.prompt_logprobs is None for chunk in chunks
+            len(chunk.token_ids) == 1 and chunk.prompt_logprobs is None and chunk.tree is None for chunk in chunks
         )
 
     def launch(self, chunks: Sequence[Chunk], places: Mapping[str, int]) -> Replayed:

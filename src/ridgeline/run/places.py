@@ -110,7 +110,7 @@ class Staging:
         slots: list[int] = []
         plain = True
         for row, chunk in enumerate(chunks):
-            request_id, (token,), start, blocks, sampling, _, _ = chunk
+            request_id, (token,), start, blocks, sampling, *_ = chunk
             ids.append(token)
             sources.append(places[request_id] if token == UNREAD else -1)
             starts.append(start)

@@ -14,7 +14,9 @@ import torch
 
 from ridgeline.core.request import SamplingParams
 from ridgeline.core.step import UNREAD, Chunk, Sampling, Spans, StepPlan
+from ridgeline.core.tree import TokenTree
 from ridgeline.models.batch import Batch
+from ridgeline.ops.attention_call import WORD_BITS
 
 
 @dataclass(slots=True)
@@ -51,9 +53,11 @@ class SampleInputs:
 class Prepared:
     """A step ready to run.
 
-    The first `samples.count` rows of the batch are sampled; behind them come the rows of prompt tokens
-    to be scored, against `targets`, request by request as `scored` counts them. sources: [T] int64, the rows
-    of the last step's tokens that stand for UNREAD ones, negative elsewhere; None if all ids are known.
+    The first `samples.count` rows of the batch are sampled, one for each of `sampled_ids`, or one and as many as
+    its tree in `trees` has nodes; behind them come the rows of prompt tokens to be scored, against `targets`,
+    request by request as `scored` counts them. trees: parallel to sampled_ids; empty if no chunk has one.
+    sources: [T] int64, the rows of the last step's tokens that stand for UNREAD ones, negative elsewhere; None if
+    all ids are known.
     """
 
     batch: Batch
@@ -62,6 +66,7 @@ class Prepared:
     targets: torch.Tensor | None
     scored: list[tuple[str, int, int]]
     sources: torch.Tensor | None
+    trees: list[TokenTree | None]
 
 
 def prepare(plan: StepPlan, device: torch.device, block_size: int, places: Mapping[str, int] | None = None) -> Prepared:
@@ -72,12 +77,18 @@ def prepare(plan: StepPlan, device: torch.device, block_size: int, places: Mappi
     chunks = plan.chunks
     starts = [0]
     for chunk in chunks:
-        starts.append(starts[-1] + len(chunk.token_ids))
+        starts.append(starts[-1] + chunk.new)
     tokens, requests = starts[-1], len(chunks)
     width = max(-(-chunk.visible // block_size) for chunk in chunks)
-    sampled = [(starts[i + 1] - 1, chunk) for i, chunk in enumerate(chunks) if chunk.sampling is not None]
-    settings = [chunk.sampling for _, chunk in sampled if chunk.sampling is not None]
-    rows = [row for row, _ in sampled]
+    has_trees = any(chunk.tree is not None for chunk in chunks)
+    sampled_ids: list[str] = []
+    settings: list[Sampling] = []
+    rows: list[int] = []
+    for index, chunk in enumerate(chunks):
+        if chunk.sampling is not None:
+            sampled_ids.append(chunk.request_id)
+            settings += (chunk.sampling, *chunk.behind)
+            rows += range(starts[index] + len(chunk.token_ids) - 1, starts[index + 1])
     scored: list[tuple[str, int, int]] = []
     target_ids: list[int] = []
     for index, chunk in enumerate(chunks):
@@ -92,38 +103,58 @@ def prepare(plan: StepPlan, device: torch.device, block_size: int, places: Mappi
     tail = long[3 * tokens :]
     tail[:total_rows] = rows
     tail[total_rows : total_rows + len(target_ids)] = target_ids
-    short = np.zeros(requests * width + 2 * requests + 1, dtype=np.int32)
-    _fill_requests(short, chunks, starts, width)
+    per_request = requests * width + 2 * requests + 1
+    words = max(-(-len(chunk.tree) // WORD_BITS) for chunk in chunks if chunk.tree is not None) if has_trees else 0
+    short = np.zeros(per_request + (requests + tokens * words if has_trees else 0), dtype=np.int32)
+    _fill_requests(short[:per_request], chunks, starts, width)
+    if has_trees:
+        _fill_trees(short[per_request:], chunks, starts, words)
 
     wide, narrow = send(long, device), send(short, device)
     ids, positions, slots = wide[: 3 * tokens].view(3, tokens)
     row_ids, targets = wide[3 * tokens :].split((total_rows, len(target_ids)))
     every_row = total_rows == tokens and rows == list(range(tokens))
     batch = Batch(
-        spans=Spans(tuple(len(c.token_ids) for c in chunks), tuple(c.visible for c in chunks)),
+        spans=spans_of(plan),
         kind=plan.kind,
         ids=ids,
         positions=positions,
         slots=slots,
         block_tables=narrow[: requests * width].view(requests, width),
         query_starts=narrow[requests * width : requests * width + requests + 1],
-        lengths=narrow[requests * width + requests + 1 :],
+        lengths=narrow[requests * width + requests + 1 : per_request],
         rows=None if every_row else row_ids,
+        tree=narrow[per_request + requests :].view(tokens, words) if has_trees else None,
+        tails=narrow[per_request : per_request + requests] if has_trees else None,
     )
     return Prepared(
         batch=batch,
         samples=sample_inputs(settings, device),
-        sampled_ids=[c.request_id for _, c in sampled],
+        sampled_ids=sampled_ids,
         targets=targets if target_ids else None,
         scored=scored,
         sources=_sources(chunks, starts, places or {}, device),
+        trees=[c.tree for c in chunks if c.sampling is not None] if has_trees else [],
     )
+
+
+def spans_of(plan: StepPlan) -> Spans:
+    """The host's view of a plan."""
+    chunks = plan.chunks
+    trees: tuple[tuple[int, ...], ...] = ()
+    if any(chunk.tree is not None for chunk in chunks):
+        trees = tuple(() if chunk.tree is None else chunk.tree.depths for chunk in chunks)
+    return Spans(tuple(chunk.new for chunk in chunks), tuple(chunk.visible for chunk in chunks), trees)
 
 
 def _sources(
     chunks: Sequence[Chunk], starts: list[int], places: Mapping[str, int], device: torch.device
 ) -> torch.Tensor | None:
-    late = [(starts[i + 1] - 1, places[c.request_id]) for i, c in enumerate(chunks) if c.token_ids[-1] == UNREAD]
+    late = [
+        (starts[i] + len(c.token_ids) - 1, places[c.request_id])
+        for i, c in enumerate(chunks)
+        if c.token_ids[-1] == UNREAD
+    ]
     if not late:
         return None
     sources = np.full(starts[-1], -1, dtype=np.int64)
@@ -151,9 +182,15 @@ def _fill_tokens(out: np.ndarray, chunks: Sequence[Chunk], starts: list[int], bl
             positions[first] = place
             slots[first] = chunk.blocks[place // block_size] * block_size + place % block_size
             continue
-        ids[first:last] = chunk.token_ids
         places = np.arange(chunk.start, chunk.visible)
         positions[first:last] = places
+        if chunk.tree is None:
+            ids[first:last] = chunk.token_ids
+        else:
+            nodes = first + len(chunk.token_ids)
+            ids[first:nodes] = chunk.token_ids
+            ids[nodes:last] = chunk.tree.tokens
+            positions[nodes:last] = chunk.tree.positions(chunk.start + len(chunk.token_ids) - 1)
         table = np.array(chunk.blocks[: -(-chunk.visible // block_size)], dtype=np.int64)
         slots[first:last] = table[places // block_size] * block_size + places % block_size
 
@@ -167,6 +204,19 @@ def _fill_requests(out: np.ndarray, chunks: Sequence[Chunk], starts: list[int], 
         tables[index, :known] = chunk.blocks[:known]
     out[requests * width : requests * width + requests + 1] = starts
     out[requests * width + requests + 1 :] = [chunk.visible for chunk in chunks]
+
+
+def _fill_trees(out: np.ndarray, chunks: Sequence[Chunk], starts: list[int], words: int) -> None:
+    """Tails [B], then ancestors [T, words]."""
+    requests = len(chunks)
+    bits = out[requests:].reshape(-1, words)
+    for index, chunk in enumerate(chunks):
+        if chunk.tree is None:
+            continue
+        count = out[index] = len(chunk.tree)
+        first = starts[index + 1] - count
+        for node in range(count):
+            bits[first + node] = chunk.tree.words(node, words)
 
 
 def sample_inputs(settings: Sequence[Sampling], device: torch.device) -> SampleInputs:

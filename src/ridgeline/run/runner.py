@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ridgeline.core.errors import CheckpointError
-from ridgeline.core.step import Sampling, StepPlan, StepResult, TokenScore
+from ridgeline.core.step import Accepted, Chunk, Sampling, StepPlan, StepResult, TokenScore
+from ridgeline.core.tree import TokenTree
 from ridgeline.kernels.select import Table
 from ridgeline.kv.pages import Pages
 from ridgeline.models.decoder import Decoder
@@ -37,15 +38,18 @@ Scores = tuple[torch.Tensor, ...]
 class Step:
     """A step under way. Tensors are on the host, or on their way there until `done`.
 
-    names: requests that get a token, rows: theirs in `tokens` (None: 0, 1, ...). asked: alternatives that each
-    wants, None for no log-probabilities. scored: (request, prompt tokens, alternatives), one after the other in
-    `prompt_parts`, each of which is the targets of a slice and their scores.
+    names: requests that get a token, rows: theirs in `tokens` (None: 0, 1, ...). trees: parallel to names, if any
+    request verifies one; it has as many rows more, and paths holds the nodes that were accepted. asked: by row,
+    how many alternatives are wanted, None for no log-probabilities. scored: (request, prompt tokens,
+    alternatives), one after the other in `prompt_parts`, each of which is the targets of a slice and their scores.
     """
 
     vocabulary: int
     dtype: torch.dtype
     names: list[str] = field(default_factory=list)
     rows: list[int] | None = None
+    trees: list[TokenTree | None] = field(default_factory=list)
+    paths: dict[str, list[int]] = field(default_factory=dict)
     asked: list[int | None] = field(default_factory=list)
     tokens: torch.Tensor | None = None
     scores: Scores | None = None
@@ -66,7 +70,7 @@ class Step:
             tokens = self.tokens.tolist()
             if self.rows is not None:
                 tokens = [tokens[row] for row in self.rows]
-            result.sampled = self._sampled(self._checked(tokens))
+            self._take(result, self._checked(tokens))
         if self.scored:
             result.prompt_scores = self._prompt_scores()
         return result
@@ -80,14 +84,32 @@ class Step:
             )
         return tokens
 
-    def _sampled(self, tokens: list[int]) -> dict[str, TokenScore]:
-        """By request. Rows that asked for no log-probabilities get none."""
+    def _take(self, result: StepResult, tokens: list[int]) -> None:
+        """Chosen tokens by request, those of trees along their accepted paths."""
+        scores = self._token_scores(tokens)
+        if not self.trees:
+            result.sampled = dict(zip(self.names, scores))
+            return
+        row = 0
+        for name, tree in zip(self.names, self.trees):
+            if tree is None:
+                result.sampled[name] = scores[row]
+                row += 1
+                continue
+            nodes = self.paths[name]
+            result.accepted[name] = Accepted(nodes, [scores[row], *(scores[row + 1 + node] for node in nodes)])
+            row += 1 + len(tree)
+
+    def _token_scores(self, tokens: list[int]) -> list[TokenScore]:
+        """Row by row. Those that asked for no log-probabilities get none."""
         if self.scores is None:
-            return {name: TokenScore(token) for name, token in zip(self.names, tokens)}
-        result = {}
-        for name, wanted, one in zip(self.names, self.asked, _token_scores(tokens, self.scores)):
-            result[name] = TokenScore(one.token) if wanted is None else one
-            result[name].top = () if wanted is None else one.top[:wanted]
+            return [TokenScore(token) for token in tokens]
+        result = _token_scores(tokens, self.scores)
+        for row, wanted in enumerate(self.asked):
+            if wanted is None:
+                result[row] = TokenScore(tokens[row])
+            else:
+                result[row].top = result[row].top[:wanted]
         return result
 
     def _prompt_scores(self) -> dict[str, list[TokenScore]]:
@@ -170,13 +192,43 @@ class Runner:
         hidden = self.model.forward(batch, self.pages.keys, self.pages.values, ops)
         count = ready.samples.count
         if count:
-            step.names = ready.sampled_ids
-            step.asked = [c.sampling.params.logprobs for c in plan.chunks if c.sampling is not None]
+            step.names, step.trees = ready.sampled_ids, ready.trees
+            step.asked = [
+                c.sampling.params.logprobs
+                for c in plan.chunks
+                if c.sampling is not None
+                for _ in range(1 + len(c.behind))
+            ]
             chosen = self._choose(step, hidden if count == hidden.shape[0] else hidden[:count], ready.samples, ops)
-            self._keep(chosen, step.names)
+            if step.trees:
+                self._places = {}  # tokens of trees are read before anything follows them
+                self._verify([c for c in plan.chunks if c.sampling is not None], chosen, step, ops)
+            else:
+                self._keep(chosen, step.names)
         if ready.targets is not None:
             step.scored = ready.scored
             self._score_prompts(step, hidden[count:], ready, ops)
+
+    def _verify(self, chunks: Sequence[Chunk], chosen: torch.Tensor, step: Step, ops: Ops) -> None:
+        """Walk each tree along the tokens that were chosen, and move what was accepted to where it belongs."""
+        tokens, size = chosen.tolist(), self.block_size
+        source: list[int] = []
+        target: list[int] = []
+        row = 0
+        for chunk in chunks:
+            tree, blocks = chunk.tree, chunk.blocks
+            count = 1 + len(chunk.behind)
+            if tree is not None:
+                nodes = step.paths[chunk.request_id] = tree.walk(tokens[row : row + count])
+                first = chunk.start + len(chunk.token_ids)
+                for depth, node in enumerate(nodes):
+                    if node != depth:
+                        for slots, place in ((source, first + node), (target, first + depth)):
+                            slots.append(blocks[place // size] * size + place % size)
+            row += count
+        if source:
+            moved, places = send(np.array([source, target], dtype=np.int64), self.device)
+            ops.kv_compact([*self.pages.keys, *self.pages.values], moved, places)
 
     def _replay(self, plan: StepPlan, step: Step, graphs: DecodeGraphs) -> None:
         """A step of decoding at a captured size."""

@@ -14,20 +14,27 @@ Running ahead. A step may be chosen and planned while the one before is still un
 decided before `commit`: ends of sequence, stop ids and what is published. A request that ends at commit has a
 surplus token under way, which is dropped; ends by length are foreseen. Blocks given up meanwhile may go to
 others at once, because steps run in the order of their plans.
+
+Drafts. Between `choose` and `plan` a speculator may ask for room behind a request's last token and draft a tree
+there. Nobody is preempted for a draft, and none may take the last blocks. Its nodes lie in slots behind the known
+tokens; what is accepted becomes tokens at commit, and only those count as computed or are published.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ridgeline.core.errors import ContextLengthExceeded, DoesNotFit, InvalidArgument
 from ridgeline.core.request import FinishReason, Request
-from ridgeline.core.step import UNREAD, Chunk, Sampling, StepPlan, StepResult, TokenScore
+from ridgeline.core.step import UNREAD, Accepted, Chunk, Sampling, StepPlan, StepResult, TokenScore
+from ridgeline.core.tree import TokenTree
 from ridgeline.kv.cache import NO_COPIES, Copies, KVCache
 from ridgeline.schedule.event import Event
 from ridgeline.schedule.policy import Policy
 from ridgeline.schedule.queue import Queue, Rank
+
+NO_DRAFTS: Mapping[str, TokenTree] = {}
 
 Choice = tuple[Request, int]
 """A request and how many new tokens it may compute in this step."""
@@ -426,12 +433,41 @@ class Scheduler:
         child.computed = child.planned = child.cached_tokens = child.prompt_len - 1
         self._forked[child.request_id] = child
 
+    # What is drafted
+
+    def room(self, request: Request, nodes: int) -> int:
+        """How many of `nodes` drafted nodes a request chosen for its last token may have, their slots reserved.
+
+        Bounded by the step's tokens, the context, and blocks that are free beyond one for each running request.
+        """
+        known, cache = len(request.tokens), self.cache
+        if request.unread or request.planned != known - 1 or request.planned < request.prompt_len:
+            return 0
+        if request.grammar is not None:
+            return 0  # which tokens it allows behind a node is not known before the node is accepted
+        nodes = min(nodes, self._left_tokens, self.max_model_len - known)
+        if nodes <= 0:
+            return 0
+        copies = cache.reserve(request.request_id, request.planned, known + nodes, len(self._running))
+        if copies is None:
+            nodes = min(nodes, len(cache.table(request.request_id)) * cache.block_size - known)
+        else:
+            self._note_copies(request, copies)
+        self._left_tokens -= nodes
+        return nodes
+
+    def deepest(self, request: Request) -> int:
+        """Drafted tokens of a path that could all be accepted before the request is full."""
+        length = len(request.tokens)
+        return min(request.max_tokens - (length - request.prompt_len), self.max_model_len - length) - 1
+
     # What the step is
 
-    def plan(self, chosen: Sequence[Choice]) -> StepPlan | None:
+    def plan(self, chosen: Sequence[Choice], drafts: Mapping[str, TokenTree] = NO_DRAFTS) -> StepPlan | None:
         """The chosen tokens as a step: decodes first, each group in rank order. None if there are none.
 
-        Requests that ended since `choose` are left out.
+        drafts: trees by request, each within what `room` granted. Requests that ended since `choose` are left
+        out. A step with drafts cannot be run ahead of.
         """
         ones: list[tuple[Chunk, Request]] = []
         others: list[tuple[Chunk, Request]] = []
@@ -459,6 +495,10 @@ class Scheduler:
             if chunk.prompt_logprobs is not None:
                 ahead = False
             request.planned = end
+            if sampling is not None and request_id in drafts:
+                tree = drafts[request_id]
+                chunk = chunk._replace(tree=tree, behind=_samplings_behind(request, tree))
+                ahead, new = False, chunk.new
             (ones if new == 1 else others).append((chunk, request))
         if not ones and not others:
             return None
@@ -487,6 +527,10 @@ class Scheduler:
             start = chunk.start
             if request.preemptions == preemptions:  # it still has the blocks that were written
                 visible = request.computed = start + len(chunk.token_ids)
+                if chunk.tree is not None:
+                    self._accept(request, chunk, result.accepted[chunk.request_id], events)
+                    ended |= request.finish is not None
+                    continue
                 if publishes and visible // block_size != start // block_size:
                     cache.publish(chunk.request_id, request.tokens, visible)
                 if start < request.prompt_len <= visible:
@@ -501,6 +545,7 @@ class Scheduler:
                 continue
             token = sampled[chunk.request_id]
             request.unread -= 1
+            request.steps += 1
             request.tokens.append(token.token)
             finish = self._end_of(request, token.token)
             if finish is not None:
@@ -514,6 +559,26 @@ class Scheduler:
         if ended:
             self._running = [request for request in self._running if request.finish is None]
         return events
+
+    def _accept(self, request: Request, chunk: Chunk, accepted: Accepted, events: list[Event]) -> None:
+        """Take in the tokens of a tree's accepted path, up to where the request ends."""
+        start, size = chunk.start, self.cache.block_size
+        request.unread -= 1
+        request.steps += 1
+        request.drafted += len(chunk.tree or ())
+        for place, token in enumerate(accepted.tokens):
+            request.tokens.append(token.token)
+            finish = self._end_of(request, token.token)
+            written = min(place + 1, len(accepted.nodes))  # nodes whose tokens are in
+            events.append(Event(request, token, (), finish))
+            if finish is not None:
+                break
+        request.accepted += written
+        request.computed = request.planned = start + len(chunk.token_ids) + written
+        if self.cache.enable_prefix_caching and request.computed // size != start // size:
+            self.cache.publish(request.request_id, request.tokens, request.computed)
+        if request.finish is not None:
+            self._forget(request)
 
     def give_up(self, plan: StepPlan) -> None:
         """A step will bring no results: its requests end, and what it would have copied is let go of."""
@@ -580,14 +645,28 @@ def _siblings(request: Request, leader: Request) -> bool:
     )
 
 
-def _sampling(request: Request, length: int) -> Sampling:
-    """How the token behind `length` known ones is chosen."""
-    params = request.params
+def _sampling(request: Request, length: int, tokens: Sequence[int] | None = None) -> Sampling:
+    """How the token behind `length` known ones is chosen. tokens: other than the request's own."""
+    params, tokens = request.params, request.tokens if tokens is None else tokens
     forbidden: tuple[int, ...] = ()
     if request.bad_word_ids or length - request.prompt_len < params.min_tokens:
-        forbidden = _forbidden(request, length - request.prompt_len)
+        forbidden = _forbidden(request, length - request.prompt_len, tokens)
     allowed = None if request.grammar is None else request.grammar.mask()
-    return Sampling(params, request.seed, length, request.tokens, request.prompt_len, forbidden, allowed)
+    return Sampling(params, request.seed, length, tokens, request.prompt_len, forbidden, allowed)
+
+
+def _samplings_behind(request: Request, tree: TokenTree) -> list[Sampling]:
+    """How the token behind each node is chosen: as if the node's path had been appended."""
+    params, length = request.params, len(request.tokens)
+    if not (_needs_values(request) or length + 1 - request.prompt_len < params.min_tokens):
+        # Nobody will look at the tokens before.
+        prompt_len, seed, tokens = request.prompt_len, request.seed, request.tokens
+        return [Sampling(params, seed, length + depth, tokens, prompt_len) for depth in tree.depths]
+    result = []
+    for node in range(len(tree)):
+        tokens = [*request.tokens, *tree.path_tokens(node)]
+        result.append(_sampling(request, len(tokens), tokens))
+    return result
 
 
 def _needs_values(request: Request) -> bool:
@@ -602,10 +681,9 @@ def _needs_values(request: Request) -> bool:
     )
 
 
-def _forbidden(request: Request, output: int) -> tuple[int, ...]:
-    """Ids that must not come next, behind `output` tokens of output: the last of a bad word whose others are
-    the output's tail, and before min_tokens whatever would end the output."""
-    tokens = request.tokens
+def _forbidden(request: Request, output: int, tokens: Sequence[int]) -> tuple[int, ...]:
+    """Ids that must not come next, behind `output` tokens of output at the end of `tokens`: the last of a bad word
+    whose others are the output's tail, and before min_tokens whatever would end the output."""
     forbidden = set(request.eos_ids | request.stop_ids) if output < request.params.min_tokens else set()
     for word in request.bad_word_ids:
         before = len(word) - 1

@@ -157,6 +157,9 @@ class Delivery:
         one.output.text = "".join(one.text)
         self.metrics.finished_s = now_s
         self.metrics.num_preemptions += one.request.preemptions
+        self.metrics.num_steps += one.request.steps
+        self.metrics.num_draft_tokens += one.request.drafted
+        self.metrics.num_accepted_tokens += one.request.accepted
         self._open -= 1
         self.output.finished = self._open == 0
 
