@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import ROOT
 from benchmarks.record import Target, load, show_targets
 
-SUITE = ("decode_cpu", "trace_cpu", "kv_cache", "qwen3_bandwidth", "startup")
+SUITE = ("decode_cpu", "trace_cpu", "kv_cache", "qwen3_bandwidth", "startup", "server_cpu", "server_soak")
 BUSY = 0.5
 """A load average above this before the start is said: somebody else is using the machine."""
 
