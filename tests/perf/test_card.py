@@ -27,6 +27,8 @@ CARD = Card(
     ops_scale=1.0,
     host_step_s=0.02,
     host_request_s=0.002,
+    loop_step_s=0.001,
+    loop_request_s=0.0001,
     residual=0.05,
 )
 
@@ -47,6 +49,7 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
     parts = 0.01 + 2 * 0.001 + CARD.body(2) + CARD.head(2) + CARD.decode(2, 55)
     assert CARD.device_s(decode, 2) == pytest.approx(parts)
     assert CARD.host_s(decode) == pytest.approx(0.024)
+    assert CARD.loop_s(decode) == pytest.approx(0.0012)
     mixed = Spans((1, 12), (40, 24))
     parts = 0.012 + CARD.body(13) + CARD.head(1) + CARD.decode(1, 40) + CARD.prefill(12, 12) - 0.2
     assert CARD.device_s(mixed, 1) == pytest.approx(parts)

@@ -102,12 +102,31 @@ def test_padded_rows_are_told() -> None:
     assert "1 rows a step are computed for nobody" in advice(wide)[1]
 
 
+def a_card() -> Card:
+    """Of the embedded model, as small as a card can be."""
+    return Card(
+        device="here",
+        model="model",
+        dtype="float32",
+        made="",
+        body=Line(((1, 4e-4), (8, 5e-4))),
+        head=Line(((1, 1e-4),)),
+        decode=Grid((1,), (1, 16), ((1e-4, 2.5e-4),)),
+        prefill=Grid((8,), (0,), ((1e-4,),)),
+        longest=16,
+        step_s=1e-4,
+        request_s=0.0,
+        ops_scale=1.0,
+        host_step_s=1e-4,
+        host_request_s=0.0,
+        loop_step_s=1e-5,
+        loop_request_s=0.0,
+        residual=0.07,
+    )
+
+
 def test_a_card_beside_the_steps() -> None:
-    card = Card(
-        device="here", model="m", dtype="float32", made="", body=Line(((1, 4e-4), (8, 5e-4))), head=Line(((1, 1e-4),)),
-        decode=Grid((1,), (1, 16), ((1e-4, 2.5e-4),)), prefill=Grid((8,), (0,), ((1e-4,),)), longest=16, step_s=1e-4,
-        request_s=0.0, ops_scale=1.0, host_step_s=1e-4, host_request_s=0.0, residual=0.07,
-    )  # fmt: skip
+    card = a_card()
     curve = LimitCurve("cpu", ((1024, 1e9),), 1e12)
     call = TimedCall("linear", "contraction", Cost(flops=1e6, read_bytes=1e5), 0.9e-3)
     step = replace(record(), sampled=1)
@@ -134,14 +153,10 @@ def test_a_limit_that_was_measured_too_low_is_measured_again(monkeypatch: pytest
 @pytest.mark.usefixtures("slow_limit")
 def test_card_and_picture(tmp_path: Path) -> None:
     common = ("explain", "--prompt-len", "8", "--output-len", "4", "--rounds", "1")
-    made = Card(
-        device="here", model="model", dtype="float32", made="", body=Line(((1, 4e-4), (8, 5e-4))),
-        head=Line(((1, 1e-4),)), decode=Grid((1,), (16,), ((1e-4,),)), prefill=Grid((8,), (0,), ((1e-4,),)), longest=16,
-        step_s=1e-4, request_s=0.0, ops_scale=1.0, host_step_s=1e-4, host_request_s=0.0, residual=0.07,
-    )  # fmt: skip
+    made = a_card()
     made.save(tmp_path / "card.json")
     arguments = [*common, "--card", str(tmp_path / "card.json"), "--plot", str(tmp_path / "steps.svg")]
-    shown = CliRunner().invoke(application, arguments, catch_exceptions=False).stdout
+    shown = CliRunner(env={"COLUMNS": "120"}).invoke(application, arguments, catch_exceptions=False).stdout
     assert "card, ms" in shown
     assert "its own error bar is 7.0%" in " ".join(shown.split())
     assert (tmp_path / "steps.svg").stat().st_size > 10_000

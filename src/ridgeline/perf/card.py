@@ -5,7 +5,8 @@ any model beyond the name on the card.
 
 A step is all ops but attention (by tokens), the head (by sampled rows), attention (decodes by requests and context;
 prefills by new tokens and those before them), all times ops_scale; and what lies around them: step_s + request_s a
-request on the device's side, host_step_s + host_request_s on the host's.
+request on the device's side, host_step_s + host_request_s on the host's, and between two steps, in the loop of whoever
+drives the engine, loop_step_s + loop_request_s.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class Card:
     ops_scale: float
     host_step_s: float
     host_request_s: float
+    loop_step_s: float
+    loop_request_s: float
     residual: float
     versions: Mapping[str, str] = field(default_factory=dict)
     clocks: Mapping[str, Any] = field(default_factory=dict)
@@ -113,6 +116,10 @@ class Card:
     def host_s(self, spans: Spans) -> float:
         """Seconds of scheduling and commit around it."""
         return self.host_step_s + self.host_request_s * len(spans.new)
+
+    def loop_s(self, spans: Spans) -> float:
+        """Seconds between the end of a step and the start of the next one, while there is work."""
+        return self.loop_step_s + self.loop_request_s * len(spans.new)
 
     def attention_s(self, spans: Spans) -> float:
         """Decodes together, by their number and mean context; prefills one by one, their fixed part counted once."""

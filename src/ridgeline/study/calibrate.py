@@ -7,6 +7,7 @@ other shapes, whose left-over error is the card's error bar.
 
 from __future__ import annotations
 
+import itertools
 import platform
 import random
 import statistics
@@ -112,6 +113,8 @@ def calibrate(built: Built, progress: Callable[[int, int], None] | None = None, 
         ops_scale=1.0,
         host_step_s=0.0,
         host_request_s=0.0,
+        loop_step_s=0.0,
+        loop_request_s=0.0,
         residual=0.0,
         versions=_versions(),
         clocks={"spread": bench.spread},
@@ -215,12 +218,15 @@ def _anchored(card: Card, built: Built) -> Card:
 
     ops_scale: what ops take in an unwatched step as a share of their times in watched ones.
     """
-    records = [record for record in _served(built) if record.device_s > 0]
+    served = [(record, between_s) for record, between_s in _served(built) if record.device_s > 0]
+    records = [record for record, _ in served]
     fit, judge = records[::2], records[1::2]
     counts = [float(len(record.spans)) for record in fit]
     ops = [_predicted(card, record) for record in fit]
     step_s, request_s, scale = _fitted([[1.0] * len(fit), counts, ops], [record.device_s for record in fit])
     host_step_s, host_request_s = _fitted([[1.0] * len(fit), counts], [record.host_s for record in fit])
+    loops = [(float(len(record.spans)), between_s) for record, between_s in served if between_s > 0]
+    loop_step_s, loop_request_s = _fitted([[1.0] * len(loops), [n for n, _ in loops]], [s for _, s in loops])
     card = replace(
         card,
         step_s=step_s,
@@ -228,6 +234,8 @@ def _anchored(card: Card, built: Built) -> Card:
         ops_scale=scale,
         host_step_s=host_step_s,
         host_request_s=host_request_s,
+        loop_step_s=loop_step_s,
+        loop_request_s=loop_request_s,
     )
     errors = sorted(abs(_predicted(card, record) / record.device_s - 1) for record in judge)
     return replace(card, residual=errors[int(0.95 * (len(errors) - 1))])
@@ -252,8 +260,9 @@ def _fitted(features: Sequence[Sequence[float]], measured: Sequence[float]) -> l
     return [float(one) for one in weights]
 
 
-def _served(built: Built) -> Iterator[StepRecord]:
-    """Steps of real workloads of other shapes than the grid's, a few requests to many at a time."""
+def _served(built: Built) -> Iterator[tuple[StepRecord, float]]:
+    """Steps of real workloads of other shapes than the grid's, a few requests to many at a time; and what lay between
+    each and the next one (0 where steps overlap)."""
     longest, draw = built.config.max_model_len, random.Random(1)
     for concurrency in (1, 3, 12, 48):
         if concurrency > built.config.max_num_seqs:
@@ -268,7 +277,8 @@ def _served(built: Built) -> Iterator[StepRecord]:
             drive(built.engine, jobs, built.spec.vocabulary, seed=concurrency, concurrency=concurrency)
         finally:
             built.engine.listeners.remove(records.append)
-        yield from records[2:]
+        for one, after in itertools.pairwise(records[2:]):
+            yield one, after.start_s - one.start_s - one.host_s - one.device_s
 
 
 def _processor() -> str:

@@ -510,7 +510,7 @@ def _calibrated(card: Card, prompt_len: int, middle: int, batch: int) -> Calibra
     beyond = False
     steps = _filled(batch, prompt_len, int(card.body.most))
     for spans, rows in steps:
-        one = card.device_s(spans, rows) + card.host_s(spans)
+        one = card.device_s(spans, rows) + card.host_s(spans) + card.loop_s(spans)
         seconds += one
         error += one * card.error(spans)
         beyond |= not card.covers(spans)
@@ -519,7 +519,7 @@ def _calibrated(card: Card, prompt_len: int, middle: int, batch: int) -> Calibra
         sha256=card.sha256,
         device=card.device,
         ttft_s=seconds,
-        tpot_s=card.device_s(decode, batch) + card.host_s(decode),
+        tpot_s=card.device_s(decode, batch) + card.host_s(decode) + card.loop_s(decode),
         ttft_error=error / seconds,
         tpot_error=card.error(decode),
         steps=len(steps),

@@ -43,7 +43,9 @@ class Carded:
         return self.card.device_s(spans, rows)
 
     def host_s(self, plan: StepPlan) -> float:
-        return self.card.host_step_s + self.card.host_request_s * len(plan.chunks)
+        """The engine's own work around a step, and its driver's before the next one."""
+        card, count = self.card, len(plan.chunks)
+        return card.host_step_s + card.loop_step_s + (card.host_request_s + card.loop_request_s) * count
 
     def forget(self) -> None:
         """Count from here."""
