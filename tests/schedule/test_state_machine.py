@@ -32,6 +32,7 @@ def setup_from(rng: random.Random) -> Setup:
         enable_prefix_caching=kv_cache and rng.random() < 0.75,
         kv_cache=kv_cache,
         ahead=rng.random() < 0.6,
+        drafts=rng.choice((0, 1, 3, 8)) if kv_cache else 0,
     )
 
 
@@ -149,6 +150,8 @@ def test_random_stories() -> None:
     assert sum(world.surplus for world in worlds) > 100
     assert sum(world.scheduler.preemptions for world in worlds) > 700
     assert sum(world.cache.hit_tokens for world in worlds) > 700
+    assert sum(world.drafted for world in worlds) > 2000
+    assert sum(world.accepted for world in worlds) > 700
     assert sum(world.cache.evictions for world in worlds) > 700
 
 

@@ -7,16 +7,21 @@ request must produce is computed beside, by the same toy model without any cache
 
 A world that runs ahead plans each step before it hears of the one before, as an engine with overlap does: its
 device runs steps in order at once, and what they sampled is kept back.
+
+A world that drafts puts trees behind last tokens, some of whose paths come true: their slots hold the tags of their
+paths, and what is accepted is moved as an executor moves it.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
 from ridgeline.core.request import FinishReason, Request, SamplingParams
-from ridgeline.core.step import UNREAD, Chunk, StepPlan, StepResult, TokenScore
+from ridgeline.core.step import UNREAD, Accepted, Chunk, Sampling, StepPlan, StepResult, TokenScore
+from ridgeline.core.tree import ROOT, Sketch, TokenTree
 from ridgeline.kv import KVCache
 from ridgeline.schedule import Event, Scheduler, make_policy
 
@@ -73,7 +78,7 @@ def alone(request: Request, max_model_len: int) -> tuple[list[int], FinishReason
 class Setup:
     """Arguments of a cache and a scheduler, and whether steps overlap (ahead).
 
-    spare_blocks: beyond what one longest request needs.
+    spare_blocks: beyond what one longest request needs. drafts: nodes that a tree may have, 0 for no trees.
     """
 
     policy: str = "fcfs"
@@ -86,6 +91,7 @@ class Setup:
     enable_prefix_caching: bool = True
     kv_cache: bool = True
     ahead: bool = False
+    drafts: int = 0
 
 
 class Memory:
@@ -111,6 +117,15 @@ class Memory:
             self.slots[chunk.blocks[block]][offset] = expected[position]
             written.add(chunk.blocks[block])
         return written
+
+    def accept(self, chunk: Chunk, nodes: Sequence[int]) -> None:
+        """Move the slots of accepted nodes to the positions of their tokens, in order."""
+        first = chunk.start + len(chunk.token_ids)
+        for depth, node in enumerate(nodes):
+            block, offset = divmod(first + node, self.block_size)
+            tag = self.slots[chunk.blocks[block]][offset]
+            block, offset = divmod(first + depth, self.block_size)
+            self.slots[chunk.blocks[block]][offset] = tag
 
     def read(self, chunk: Chunk, expected: Sequence[int]) -> None:
         """Every key that the chunk sees must be that of its own tokens."""
@@ -154,6 +169,8 @@ class World:
         self.under_way: list[tuple[StepPlan, StepResult]] = []
         self.surplus = 0
         self.steps = 0
+        self.drafted = self.accepted = 0
+        self._dice = random.Random(blocks)
 
     def add(
         self,
@@ -227,7 +244,7 @@ class World:
         if first is not None and self.setup.policy != "priority":
             assert first in scheduler.running, "the first in rank lost its seat"
         meddle("chosen")
-        plan = scheduler.plan(chosen)
+        plan = scheduler.plan(chosen, self._drafts(chosen))
         self.planned = {request_id: self.whole(request_id) for request_id in self.told}
         self.heard = {request_id: tokens.copy() for request_id, tokens in self.told.items()}
         meddle("planned")
@@ -242,11 +259,39 @@ class World:
             for event in committed:
                 self._hear(event)
             events += committed
-            self.surplus += sum(self.requests[name].finish is not None for name in result.sampled) - sum(
-                event.finish is not None for event in committed
-            )
+            self.surplus += sum(
+                self.requests[name].finish is not None for name in (*result.sampled, *result.accepted)
+            ) - sum(event.finish is not None for event in committed)
         self.check()
         return events
+
+    def _drafts(self, chosen: Sequence[tuple[Request, int]]) -> dict[str, TokenTree]:
+        """Trees behind the last tokens of some that run: half of the nodes are what the model will say."""
+        drafts = {}
+        seated = {id(request) for request in self.scheduler.running}
+        for request, _ in chosen:
+            if id(request) not in seated or not self.setup.drafts:
+                continue
+            depth, left = self.scheduler.deepest(request), self.scheduler._left_tokens
+            if depth < 1 or not (nodes := self.scheduler.room(request, self._dice.randint(1, self.setup.drafts))):
+                continue
+            assert nodes <= left
+            sketch = Sketch()
+            paths = {ROOT: list(request.tokens)}
+            for _ in range(3 * nodes):
+                parent = self._dice.randint(ROOT, len(sketch) - 1)
+                if len(sketch) == nodes or (parent != ROOT and sketch.depths[parent] == depth):
+                    continue
+                token = self._dice.randrange(VOCABULARY)
+                if self._dice.random() < 0.7:
+                    forbidden = sorted(forbidden_now(request, paths[parent]))
+                    token = next_token(request.salt, paths[parent], request.seed, forbidden)
+                score = 1.0 if parent == ROOT else sketch.scores[parent]
+                node = sketch.add(token, parent, score * self._dice.random())
+                paths[node] = [*paths[parent], token]
+            if len(sketch):
+                drafts[request.request_id] = sketch.tree()[0]
+        return drafts
 
     def whole(self, request_id: str) -> list[int]:
         """A request's tokens as the device knows them."""
@@ -284,7 +329,10 @@ class World:
             told = self.heard[chunk.request_id]
             late = [UNREAD] * (len(self.planned[chunk.request_id]) - len(told))
             assert len(late) <= (1 if self.setup.ahead else 0)
-            assert list(chunk.token_ids) == (told + late)[chunk.start : chunk.visible]
+            assert list(chunk.token_ids) == (told + late)[chunk.start : chunk.start + len(chunk.token_ids)]
+            if chunk.tree is not None:
+                assert not late
+                expected[chunk.request_id] = self._behind(chunk, expected[chunk.request_id])
             written.append(memory.write(chunk, expected[chunk.request_id]))
             assert not any(kept[block] for block in written[-1]), "a published block is written"
         for chunk, own in zip(plan.chunks, written):
@@ -295,16 +343,40 @@ class World:
             self._answer(chunk, result)
         return result
 
+    def _behind(self, chunk: Chunk, expected: Sequence[int]) -> list[int]:
+        """Expected tags of a chunk with a tree: behind the known tokens, each node's is that of its path."""
+        assert chunk.tree is not None
+        known = self.planned[chunk.request_id]
+        assert chunk.start + len(chunk.token_ids) == len(known)
+        salt = self.requests[chunk.request_id].salt
+        nodes = range(len(chunk.tree))
+        return [*expected[: len(known)], *(tags(salt, [*known, *chunk.tree.path_tokens(node)])[-1] for node in nodes)]
+
+    def _choice(self, request: Request, sampling: Sampling, tokens: list[int], needed: bool) -> int:
+        """The token behind `tokens`, chosen as `sampling` says. needed: `sampling.tokens` must be right."""
+        assert sampling.position == len(tokens)
+        assert not needed or list(sampling.tokens) == tokens
+        assert set(sampling.forbidden) == forbidden_now(request, tokens)
+        return next_token(request.salt, tokens, sampling.seed, sampling.forbidden)
+
     def _answer(self, chunk: Chunk, result: StepResult) -> None:
         request, told = self.requests[chunk.request_id], self.planned[chunk.request_id]
-        assert (chunk.sampling is not None) == (chunk.visible == len(told))
+        assert (chunk.sampling is not None) == (chunk.start + len(chunk.token_ids) == len(told))
         if chunk.sampling is not None:
-            sampling = chunk.sampling
-            assert sampling.position == len(told)
-            assert list(sampling.tokens) == self.heard[chunk.request_id]
-            assert set(sampling.forbidden) == forbidden_now(request, told)
-            token = next_token(request.salt, told, sampling.seed, sampling.forbidden)
-            result.sampled[chunk.request_id] = TokenScore(token)
+            assert list(chunk.sampling.tokens) == self.heard[chunk.request_id]
+            token = self._choice(request, chunk.sampling, told, needed=False)
+            if chunk.tree is None:
+                result.sampled[chunk.request_id] = TokenScore(token)
+            else:
+                chosen = [token]
+                for node, sampling in enumerate(chunk.behind):
+                    tokens = [*told, *chunk.tree.path_tokens(node)]
+                    chosen.append(self._choice(request, sampling, tokens, needed=bool(request.bad_word_ids)))
+                nodes = chunk.tree.walk(chosen)
+                self.memory.accept(chunk, nodes)
+                scores = [TokenScore(token) for token in (chosen[0], *(chosen[node + 1] for node in nodes))]
+                result.accepted[chunk.request_id] = Accepted(nodes, scores)
+                self.drafted, self.accepted = self.drafted + len(chunk.tree), self.accepted + len(nodes)
         if chunk.prompt_logprobs is not None:
             following = told[chunk.start + 1 : min(chunk.visible + 1, request.prompt_len)]
             assert list(chunk.targets) == following
@@ -317,7 +389,11 @@ class World:
         self.scored[request_id] += [score.token for score in event.prompt_scores]
         if event.token is not None:
             self.told[request_id].append(event.token.token)
-        assert request.tokens == self.told[request_id]
+        told = self.told[request_id]
+        assert request.tokens[: len(told)] == told
+        if len(told) < len(request.tokens):  # more of an accepted path is to come
+            assert event.finish is None
+            return
         assert event.finish is request.finish
         if request.params.prompt_logprobs is not None and event.token is not None:
             wanted = [] if request.leader else request.tokens[1 : request.prompt_len]
