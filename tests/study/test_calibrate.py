@@ -41,7 +41,18 @@ def test_a_whole_card(tiny: Path) -> None:
     assert card.body(32) > 0
     assert card.device_s(Spans((1,), (16,)), 1) > 0
     assert card.residual >= 0
+    assert card.loop_s(Spans((1,), (16,))) > 0
     assert card.versions["torch"]
+
+
+def test_overlapped_steps_count_only_what_the_device_waits_for(tiny: Path) -> None:
+    with LLM(
+        tiny, kernels="reference", dtype="float32", max_num_seqs=4, enable_prefix_caching=False, async_scheduling=True
+    ) as llm:
+        assert llm.built.engine.overlap
+        card = calibrate(llm.built, allow_busy=True)
+    assert (card.host_request_s, card.loop_step_s, card.loop_request_s) == (0, 0, 0)
+    assert 0 <= card.host_step_s < 0.1
 
 
 def test_a_busy_machine_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

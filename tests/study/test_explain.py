@@ -19,7 +19,7 @@ from ridgeline.perf.card import Card, Grid, Line
 from ridgeline.perf.limit import LimitCurve
 from ridgeline.perf.timer import TimedCall
 from ridgeline.study import explain as study
-from ridgeline.study.explain import MeasurementError, _explained, advice, explain
+from ridgeline.study.explain import MeasurementError, _explained, advice, explain, exposed
 from ridgeline.workload.arrivals import equal
 
 SLOW = LimitCurve("cpu", ((1 << 15, 1e13),), 1e15)
@@ -100,6 +100,14 @@ def test_padded_rows_are_told() -> None:
     assert _explained("decode", [replace(step, padding=0)], [calls], [0.2], curve, price).padding_s == 0
     wide = replace(found, padding_s=0.1)
     assert "1 rows a step are computed for nobody" in advice(wide)[1]
+
+
+def test_overlapped_steps_show_what_the_device_waited_for() -> None:
+    starts, took = (0.0, 1.0, 2.5, 3.0), (0.9, 1.0, 0.6, 0.5)
+    steps = [replace(record(host=0.4, device=device), start_s=start) for start, device in zip(starts, took)]
+    found = exposed(steps)
+    assert [one.host_s for one in found] == pytest.approx([0.1, 0.5, 0.0])
+    assert [one.device_s for one in found] == [0.9, 1.0, 0.6]
 
 
 def a_card() -> Card:

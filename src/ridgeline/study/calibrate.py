@@ -26,6 +26,7 @@ from ridgeline.core.step import Chunk, Sampling, Spans, StepPlan, StepRecord
 from ridgeline.engine.build import Built
 from ridgeline.perf.card import Card, Grid, Line
 from ridgeline.perf.timer import TimedCall, Timer
+from ridgeline.study.explain import exposed
 from ridgeline.workload.arrivals import Job
 from ridgeline.workload.drive import drive
 
@@ -224,9 +225,13 @@ def _anchored(card: Card, built: Built) -> Card:
     counts = [float(len(record.spans)) for record in fit]
     ops = [_predicted(card, record) for record in fit]
     step_s, request_s, scale = _fitted([[1.0] * len(fit), counts, ops], [record.device_s for record in fit])
-    host_step_s, host_request_s = _fitted([[1.0] * len(fit), counts], [record.host_s for record in fit])
-    loops = [(float(len(record.spans)), between_s) for record, between_s in served if between_s > 0]
-    loop_step_s, loop_request_s = _fitted([[1.0] * len(loops), [n for n, _ in loops]], [s for _, s in loops])
+    if built.engine.overlap:  # what the device waits for the host comes and goes: its mean
+        host_step_s, host_request_s = statistics.mean(record.host_s for record in fit), 0.0
+        loop_step_s = loop_request_s = 0.0
+    else:
+        host_step_s, host_request_s = _fitted([[1.0] * len(fit), counts], [record.host_s for record in fit])
+        loops = [(float(len(record.spans)), between_s) for record, between_s in served if between_s > 0]
+        loop_step_s, loop_request_s = _fitted([[1.0] * len(loops), [n for n, _ in loops]], [s for _, s in loops])
     card = replace(
         card,
         step_s=step_s,
@@ -262,7 +267,7 @@ def _fitted(features: Sequence[Sequence[float]], measured: Sequence[float]) -> l
 
 def _served(built: Built) -> Iterator[tuple[StepRecord, float]]:
     """Steps of real workloads of other shapes than the grid's, a few requests to many at a time; and what lay between
-    each and the next one (0 where steps overlap)."""
+    each and the next one; where steps overlap, the host has what the device waited for, and nothing lies between."""
     longest, draw = built.config.max_model_len, random.Random(1)
     for concurrency in (1, 3, 12, 48):
         if concurrency > built.config.max_num_seqs:
@@ -277,6 +282,9 @@ def _served(built: Built) -> Iterator[tuple[StepRecord, float]]:
             drive(built.engine, jobs, built.spec.vocabulary, seed=concurrency, concurrency=concurrency)
         finally:
             built.engine.listeners.remove(records.append)
+        if built.engine.overlap:
+            yield from ((record, 0.0) for record in exposed(records[2:]))
+            continue
         for one, after in itertools.pairwise(records[2:]):
             yield one, after.start_s - one.start_s - one.host_s - one.device_s
 

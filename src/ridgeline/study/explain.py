@@ -8,6 +8,7 @@ calibration card says of the same steps stands beside them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -98,9 +99,10 @@ class Explained:
 
     step_s = floor_s + kernels_s + gaps_s + host_s. floor_memory_s and floor_compute_s: the floor by the roof that
     its ops hit. kernels_s: ops beyond their floors; gaps_s: device time outside of ops (preparation, launches,
-    results); host_s: scheduling and commit. padding: rows of the mean step that nobody asked for; padding_s: of step_s,
-    what they took, if the ops do them as fast as the others. observer_s: what watching added to a step. curve: the
-    limit that the floor is by; working_set_bytes: what a step touches. predicted: by a card, if there is one.
+    results); host_s: scheduling and commit; where steps overlap, only what the device waited for. padding: rows of the
+    mean step that nobody asked for; padding_s: of step_s, what they took, if the ops do them as fast as the others.
+    observer_s: what watching added to a step. curve: the limit that the floor is by; working_set_bytes: what a step
+    touches. predicted: by a card, if there is one.
     """
 
     kind: str
@@ -214,9 +216,13 @@ def explain(
     watched_s: dict[str, list[float]] = {}
     done = 0
     for number in range(-1, rounds):  # the first round of each is a warm-up
-        built.engine.listeners.append(plain.append)
-        _serve(built, jobs, concurrency, number)
-        built.engine.listeners.remove(plain.append)
+        unwatched: list[StepRecord] = []
+        built.engine.listeners.append(unwatched.append)
+        try:
+            _serve(built, jobs, concurrency, number)
+        finally:
+            built.engine.listeners.remove(unwatched.append)
+        plain += exposed(unwatched) if built.engine.overlap else unwatched
         built.engine.executor = watched
         records: list[StepRecord] = []
         built.engine.listeners.append(records.append)
@@ -257,6 +263,15 @@ def explain(
         return split(curve)
     except MeasurementError:  # others may have slowed the limit and not the steps
         return split(curve.better(measure_curve(device, dtype, own)))
+
+
+def exposed(records: Sequence[StepRecord]) -> list[StepRecord]:
+    """Steps of an engine that overlaps them: the host's part is only what the device waited for, i.e. from one start to
+    the next less the device's time; the rest is hidden behind the step before. The last has no next one."""
+    return [
+        replace(one, host_s=max(after.start_s - one.start_s - one.device_s, 0.0))
+        for one, after in itertools.pairwise(records)
+    ]
 
 
 def _serve(built: Built, jobs: Sequence[Job], concurrency: int | None, seed: int) -> None:
