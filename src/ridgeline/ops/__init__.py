@@ -12,6 +12,7 @@ from ridgeline.ops.mlp import gate, gated_linear
 from ridgeline.ops.moe import moe
 from ridgeline.ops.norm import layer_norm, norm
 from ridgeline.ops.op import REGISTRY, Op, Ops
+from ridgeline.ops.propose import propose
 from ridgeline.ops.restrict import restrict
 from ridgeline.ops.rope import rope_kv_write
 from ridgeline.ops.sample import adjust, sample, score
@@ -34,6 +35,7 @@ __all__ = [
     "linear",
     "moe",
     "norm",
+    "propose",
     "restrict",
     "rope_kv_write",
     "sample",
