@@ -3,9 +3,10 @@
 The FlashAttention papers' grid (16k tokens a call, 2048 columns of heads: head dim 64, 128, 256; sequences of 512 to
 16k; full and causal) and two shapes with shared KV heads. Every side runs as a CUDA graph of a few calls; the sides
 take turns in one process, in an order that turns around each round, and each round gives one ratio to every peer. A
-peer that is 30 % behind the best one after three rounds runs no further. FlashAttention-3 needs its library: --fa3
-names one built for torch as `_vllm_fa3_C` (variable lengths only); without it the column is missing, and the result
-says so.
+peer that is 30 % behind the best one after three rounds runs no further. --variants adds sides of our own: heads dealt
+in smaller sections, and tiles finished before the next one's queries are waited for. FlashAttention-3 needs its
+library: --fa3 names one built for torch as `_vllm_fa3_C` (variable lengths only); without it the column is missing, and
+the result says so.
 
     PYTHONPATH=src python3 -m benchmarks.attention_prefill --fa3 _vllm_fa3_C.abi3.so
 """
@@ -16,8 +17,11 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import geometric_mean, median
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,7 +30,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu_baseline import Clocks
 from benchmarks.record import Record, interval, losing, parser, ratios
 from ridgeline.core.step import Spans
-from ridgeline.kernels.cuda.attention_sm90 import attention_sm90
+from ridgeline.kernels.cuda import attention_sm90 as kernels
+from ridgeline.kernels.cuda.attention_sm90 import Sections, attention_sm90
 
 TOKENS, COLUMNS = 16384, 2048
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -34,18 +39,22 @@ SHARED = ((32, 8), (64, 8))  # query and KV heads of head dim 128
 SHORT = 2048  # keys up to which the first line of the issue counts
 TRIED, BEHIND = 3, 1.3
 STRETCH_S = 4e-4  # of one timed graph, at least
+VARIANTS = {"sections-8": Sections(8, 8), "sections-16": Sections(16, 16), "flush": None}
+"""Megabytes of the sections that heads are dealt in; None: tiles finished early, where there is room for the queries of
+one alone."""
 
 
 def main() -> None:
     options = parse()
     record = Record("attention-prefill", options)
-    lengths = LENGTHS[:1] if options.quick else LENGTHS
+    lengths = LENGTHS[:1] if options.quick else options.lengths
     record.settings = {"tokens": TOKENS, "dtype": "bf16", "stretch_s": STRETCH_S, "graphs": "every side"}
     if options.fa3 is None:
         record.note("FlashAttention-3 was not there: no --fa3")
     else:
         torch.ops.load_library(str(options.fa3))
-    shapes = [(COLUMNS // dim, COLUMNS // dim, dim) for dim in (64, 128, 256)] + [(*heads, 128) for heads in SHARED]
+    shapes = [(COLUMNS // dim, COLUMNS // dim, dim) for dim in options.head_dims]
+    shapes += [(*heads, 128) for heads in SHARED if 128 in options.head_dims]
     began = time.perf_counter()
     with Clocks(torch.device("cuda")) as clocks:
         for heads, kv_heads, dim in shapes:
@@ -58,7 +67,7 @@ def main() -> None:
                 rows.append(cell(record, length, heads, kv_heads, dim, causal))
             record.table(
                 f"Head dim {dim}, {heads}/{kv_heads} heads, {TOKENS} tokens: TFLOP/s; best peer's time over ours",
-                ["case", "sm90", "fa3", "cudnn", "fa2", "ratio"],
+                ["case", "sm90", "fa3", "cudnn", "fa2", "ratio", *(f"sm90 over {one}" for one in options.variants)],
                 rows,
             )
         clocks.mark("end")
@@ -70,6 +79,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     options = parser(__doc__ or "", rounds=21)
     options.add_argument("--fa3", type=Path, help="FlashAttention-3's compiled library")
+    options.add_argument("--variants", nargs="*", default=[], choices=list(VARIANTS), help="of sm90, beside it")
+    options.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    options.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
     options.add_argument("--budget", type=float, default=1e9, help="seconds after which no further cell is begun")
     return options.parse_args()
 
@@ -79,6 +91,8 @@ def cell(record: Record, length: int, heads: int, kv_heads: int, dim: int, causa
     torch.manual_seed(length + heads)
     name = f"D{dim} {heads}/{kv_heads} S{length} {'causal' if causal else 'full'}"
     sides = contestants(length, heads, kv_heads, dim, causal, record.options.fa3 is not None)
+    variants = {one: call for one in record.options.variants if (call := variant(one, sides["sm90"], dim)) is not None}
+    sides |= variants
     expected = sides["sm90"]().float()
     graphs = {}
     for side, call in sides.items():
@@ -92,11 +106,12 @@ def cell(record: Record, length: int, heads: int, kv_heads: int, dim: int, causa
             if number >= 0:
                 times[side].append(taken)
         if number + 1 == TRIED:
-            peers = {side: median(times[side]) for side in graphs if side != "sm90"}
+            peers = {side: median(times[side]) for side in graphs if side != "sm90" and side not in variants}
             for side, taken in peers.items():
                 if taken > BEHIND * min(peers.values()):
                     del graphs[side]
-    best = min((side for side in graphs if side != "sm90"), key=lambda side: median(times[side]))
+    rivals = [side for side in graphs if side != "sm90" and side not in variants]
+    best = min(rivals, key=lambda side: median(times[side]))
     ratio = ratios(times[best], times["sm90"])
     flops = 4 * TOKENS * length * heads * dim * (0.5 if causal else 1.0)
     rates = {side: flops / median(taken) / 1e12 for side, taken in times.items()}
@@ -106,11 +121,14 @@ def cell(record: Record, length: int, heads: int, kv_heads: int, dim: int, causa
         "tflops": {side: round(rate, 1) for side, rate in rates.items()},
         "best_peer": best,
         "ratio": ratio,
+        "sm90_over_variants": {side: ratios(times["sm90"], times[side]) for side in variants},
     }
     del graphs, sides
     row = [f"S{length} {'causal' if causal else 'full'}"]
     row += [f"{rates[side]:.0f}" if side in rates else "-" for side in ("sm90", "fa3", "cudnn", "fa2")]
-    return [*row, losing(ratio.show(".3f"), ratio.median < 1)]
+    row.append(losing(ratio.show(".3f"), ratio.median < 1))
+    over = record.summary[name]["sm90_over_variants"]
+    return [*row, *(over[one].show(".3f") if one in over else "-" for one in record.options.variants)]
 
 
 def contestants(
@@ -150,6 +168,25 @@ def contestants(
     if with_fa3:
         sides["fa3"] = fa3
     return {**sides, "cudnn": fused(SDPBackend.CUDNN_ATTENTION), "fa2": fused(SDPBackend.FLASH_ATTENTION)}
+
+
+def variant(name: str, call: Callable[[], torch.Tensor], dim: int) -> Callable[[], torch.Tensor] | None:
+    """Our side with another order of tiles or another end of each; None where the variant does not exist."""
+    sections = VARIANTS[name]
+    if sections is not None:
+        entries: list[tuple[Any, Any]] = [(kernels.SECTIONS, sections)]
+    elif kernels.LONG[dim].query_stages == 1:
+        entries = [(table, table[dim]._replace(flush=True)) for table in (kernels.SHORT, kernels.LONG)]
+    else:
+        return None
+
+    def changed() -> torch.Tensor:
+        with ExitStack() as stack:
+            for table, entry in entries:
+                stack.enter_context(patch.dict(table, {dim: entry}))
+            return call()
+
+    return changed
 
 
 def captured(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, int]:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import attention, attention_accuracy
+from benchmarks import attention, attention_accuracy, attention_prefill
+from ridgeline.kernels.cuda import attention_sm90
 
 
 def test_experiments_on_record(tmp_path: Path) -> None:
@@ -41,3 +43,20 @@ def test_errors_on_record(tmp_path: Path) -> None:
         assert {"standard", "blocked", "fused", "torch-cpu"} <= set(errors)
         assert 0 < errors["blocked"]["rounded"] < errors["standard"]["rounded"] < 1e-2
     assert all(one["met"] for one in result["targets"])
+
+
+def test_variants_of_sm90_change_a_table_while_they_run() -> None:
+    seen: list[tuple[int, bool, bool]] = []
+
+    def call() -> torch.Tensor:
+        long, short = attention_sm90.LONG[256], attention_sm90.SHORT[256]
+        seen.append((attention_sm90.SECTIONS[256].causal_mb, long.flush, short.flush))
+        return torch.empty(0)
+
+    for name in attention_prefill.VARIANTS:
+        changed = attention_prefill.variant(name, call, 256)
+        assert changed is not None
+        changed()
+    call()
+    assert seen == [(8, False, False), (16, False, False), (32, True, True), (32, False, False)]
+    assert attention_prefill.variant("flush", call, 128) is None  # there is room for the queries of two tiles

@@ -9,7 +9,7 @@ import torch
 from cuda_attention_checks import exact, hold
 
 from ridgeline.kernels.cuda import attention_sm90
-from ridgeline.kernels.cuda.attention_sm90 import LONG, SHORT, Tile, choose
+from ridgeline.kernels.cuda.attention_sm90 import LONG, SHORT, Sections, Tile, choose
 from ridgeline.ops.attention import attention_inputs
 
 on_gpu = pytest.mark.gpu
@@ -88,6 +88,34 @@ def test_tiles_for_long_and_short_requests(dim: int) -> None:
     arguments = call((450, 130, 1), (450, 700, 300), heads=6, kv_heads=3, dim=dim, return_lse=True)
     for tile in {LONG[dim], SHORT[dim]}:
         hold(lambda tile=tile, **given: attention_sm90.run(tile, **given), arguments)
+
+
+@on_gpu
+@pytest.mark.parametrize("megabytes", [1, 8])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_sections_change_no_bit(dim: int, megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are an order of tiles and nothing more."""
+    for causal in (False, True):
+        arguments = call((1500, 333, 0, 700), (1500, 900, 5, 700), heads=16, kv_heads=8, dim=dim, causal=causal)
+        wanted = attention_sm90.attention_sm90(**arguments)
+        with monkeypatch.context() as patch:
+            patch.setitem(attention_sm90.SECTIONS, dim, Sections(megabytes, megabytes))
+            assert torch.equal(attention_sm90.attention_sm90(**arguments), wanted)
+
+
+@on_gpu
+@pytest.mark.parametrize("dim", [192, 256])
+@pytest.mark.parametrize("page", [None, 64])
+def test_a_tile_may_be_finished_before_the_next_one(dim: int, page: int | None) -> None:
+    tile = LONG[dim]._replace(flush=True)
+    for more in ({}, {"causal": False}, {"window": 100, "sinks": True}, {"tails": (40, 0, 0, 3)}):
+        arguments = call((1500, 333, 0, 70), (1500, 900, 5, 70), 16, 4, dim, page=page, return_lse=True, **more)
+        hold(lambda **given: attention_sm90.run(tile, **given), arguments)
+        out, lse = attention_sm90.run(tile, **arguments)
+        for _ in range(20):
+            again, again_lse = attention_sm90.run(tile, **arguments)
+            assert torch.equal(out, again)
+            assert torch.equal(lse, again_lse)
 
 
 @on_gpu

@@ -20,7 +20,9 @@
 //
 // Defines (all of them): HEAD_DIM 64, 96, 128, 192, 256; HALF; WARPGROUPS (that multiply), TILE_N, STAGES (of K and V
 // each), Q_STAGES; CAUSAL, WINDOW, SOFTCAP, SINKS, TREE, LSE: 0 or 1; PAGE: keys of a page, 0 if they are contiguous;
-// PING_PONG: warpgroups take turns at issuing products; PRODUCER_REGISTERS, CONSUMER_REGISTERS.
+// PING_PONG: warpgroups take turns at issuing products; FLUSH: a tile is finished before the next one's queries are
+// waited for; SECTION_MB: keys and values of the heads that are dealt side by side; PRODUCER_REGISTERS,
+// CONSUMER_REGISTERS.
 
 #include "mbarrier.cuh"
 #include "tma.cuh"
@@ -163,8 +165,8 @@ struct Dealer {
         const int length = given.lengths[request];
         const int tiles = (rows + TILE_M - 1) / TILE_M;
 
-        // A section has as many KV heads as 32 MB hold of their keys and values.
-        const int kept = (32 << 20) / (max(length, 1) * (HEAD_DIM * 4));
+        // A section has as many KV heads as SECTION_MB hold of their keys and values.
+        const int kept = (SECTION_MB << 20) / (max(length, 1) * (HEAD_DIM * 4));
         const int section = min(max(kept, 1) * given.group, given.heads);
         const int which = place / (tiles * section);
         place -= which * tiles * section;
@@ -300,6 +302,7 @@ struct Producer {
         const unsigned long long keep_queries = keep_first();
         keep_keys = keep_last();
         Ring<Q_STAGES> q_ring;
+        constexpr bool BEHIND_VALUES = FLUSH && Q_STAGES == 1;  // queries wait until values have been asked for
         int tile = blockIdx.x, kind = STOP;
         bool pending = false;  // the last values of the tile before: needed only after the first keys of the next
         for (int round = -1;; ++round) {
@@ -311,6 +314,10 @@ struct Producer {
                     const Work& before = works[(round - 1) % WORKS];
                     values(before, before.bottom);
                 }
+                if (BEHIND_VALUES) {
+                    queries(work, kind, q_ring, keep_queries);
+                    if (counter != nullptr) tile = __shfl_sync(ALL, tile, 0);
+                }
                 if (kind == STOP) break;
                 pending = kind == WORK;
                 if (pending) {
@@ -320,7 +327,8 @@ struct Producer {
             }
             // While keys and values are on their way the next tile is dealt, and its queries are asked for as soon as
             // there is room: once the second block's keys have been replaced, this tile has begun and the one before
-            // has left its room. If there is room for one tile only, all keys of this one must be on their way.
+            // has left its room. If there is room for one tile only, all keys of this one must be on their way, or (with
+            // FLUSH) its last values too.
             const int early = max(top - 2, bottom), late = min(bottom, top - 1);
             const int deals = max(early, late), fetches = Q_STAGES > 1 ? max(early, late) : late;
             for (int n = top - 1; n >= late; --n) {
@@ -339,7 +347,7 @@ struct Producer {
                     }
                     __syncwarp();
                 }
-                if (n == min(fetches, top - 1)) {
+                if (!BEHIND_VALUES && n == min(fetches, top - 1)) {
                     queries(next, kind, q_ring, keep_queries);
                     if (counter != nullptr) tile = __shfl_sync(ALL, tile, 0);
                 }
@@ -791,7 +799,7 @@ struct Consumer {
             int n = CAUSAL ? min(work.position + rows, work.length) - 1 : top * TILE_N;
             if (rows <= group * ROWS) n = 0;
             n = __shfl_sync(ALL, min(max(n / TILE_N, bottom), top), 0);
-            if (pending && (kind != WORK || top - n > 1)) {  // nothing follows at once
+            if (!FLUSH && pending && (kind != WORK || top - n > 1)) {  // nothing follows at once
                 flush(before, out, lse);
                 pending = false;
             }
@@ -811,13 +819,13 @@ struct Consumer {
                     release_values();
                 }
             }
-            if (pending)
+            if (!FLUSH && pending)
                 first_step<true>(work, n, top, bottom, before, out, lse);
             else
                 first_step<false>(work, n, top, bottom, before, out, lse);
             --n;
             // The second block takes the masked loop also where the first one's values were cut.
-            pending = true;
+            pending = !FLUSH;
             int masked = __shfl_sync(ALL, max(work.whole_top + 1, bottom), 0);
             if (__shfl_sync(ALL, cut(work, n + 1), 0)) masked = min(masked, max(n, bottom));
             for (; n >= masked; --n) step<true>(work, n, bottom);
@@ -826,6 +834,7 @@ struct Consumer {
             if (WINDOW) {
                 for (; n >= bottom; --n) step<true>(work, n, bottom);
             }
+            if (FLUSH) flush(work, out, lse);
         }
     }
 };

@@ -55,7 +55,8 @@ class Tile(NamedTuple):
 
     warpgroups: that multiply, 64 rows each. keys: of a tile. stages: tiles of keys and of values in flight.
     query_stages: tiles of queries. ping_pong: warpgroups take turns at the tensor cores. registers: of a thread
-    that copies, and of one that multiplies.
+    that copies, and of one that multiplies. flush: a tile is finished before the next one's queries are waited for,
+    which matters where there is room for one tile of queries only.
     """
 
     warpgroups: int
@@ -64,6 +65,7 @@ class Tile(NamedTuple):
     query_stages: int = 2
     ping_pong: bool = True
     registers: tuple[int, int] = (40, 232)
+    flush: bool = False
 
     @property
     def rows(self) -> int:
@@ -99,12 +101,24 @@ LONG = {
 }
 """By head dim, for requests of many rows."""
 
+
+class Sections(NamedTuple):
+    """Megabytes of keys and values of the heads that are dealt side by side, by mask: the L2 cache should hold them."""
+
+    full_mb: int = 32
+    causal_mb: int = 32
+
+
+SECTIONS = dict.fromkeys((64, 96, 128, 192, 256), Sections())
+
 SHORT_ROWS = {64: 1024, 96: 2048, 128: 2048, 192: 2048, 256: 2048}
 
 
 def _exists(head_dim: int, tile: Tile) -> bool:
     """Whether a block finds its registers and its shared memory on a multiprocessor."""
     registers = tile.registers[0] + tile.warpgroups * tile.registers[1]
+    if tile.flush and tile.query_stages > 1:
+        return False
     return registers * WARPGROUP <= REGISTERS and tile.shared_bytes(head_dim) <= BLOCK_BYTES
 
 
@@ -115,8 +129,11 @@ AXES = {
     "query_stages": (1, 2),
     "ping_pong": (False, True),
     "registers": ((24, 240), (40, 232), (32, 160)),
+    "flush": (False, True),
 }
 Tunable("sm90", "long", LONG, AXES, lambda head_dim: Shape(head_dim, 2), "prefill", _exists, (4096, 8192))
+SIZES = {"full_mb": (8, 16, 32), "causal_mb": (8, 16, 32)}
+Tunable("sm90", "sections", SECTIONS, SIZES, lambda head_dim: Shape(head_dim, 2), "prefill", lengths=(4096, 8192))
 Tunable("sm90", "short", SHORT, AXES, lambda head_dim: Shape(head_dim, 2), "prefill", _exists, (512, 1024))
 
 ARGUMENTS = (*(TENSOR_MAP,) * 3, *(POINTER,) * 10, *(INT32,) * 6, *(FLOAT32,) * 2)
@@ -131,20 +148,24 @@ def _tile_defines(tile: Tile, head_dim: int) -> Defines:
         "STAGES": tile.stages,
         "Q_STAGES": tile.query_stages,
         "PING_PONG": int(tile.ping_pong),
+        "FLUSH": int(tile.flush),
         "PRODUCER_REGISTERS": tile.registers[0],
         "CONSUMER_REGISTERS": tile.registers[1],
     }
 
 
 @cache
-def kernel(tile: Tile, head_dim: int, dtype: torch.dtype, causal: bool, features: frozenset[str], page: int) -> Kernel:
-    """The kernel of a tile and of features; page: 0 for contiguous keys."""
+def kernel(
+    tile: Tile, head_dim: int, dtype: torch.dtype, causal: bool, features: frozenset[str], page: int, section_mb: int
+) -> Kernel:
+    """The kernel of a tile and of features; page: 0 for contiguous keys. section_mb: of Sections, for its mask."""
     return Kernel(
         "attention_sm90.cu",
         "attention_sm90",
         ARGUMENTS,
         {
             **_tile_defines(tile, head_dim),
+            "SECTION_MB": section_mb,
             "HALF": int(dtype == torch.float16),
             "CAUSAL": int(causal),
             "WINDOW": int("window" in features),
@@ -239,7 +260,9 @@ def run(tile: Tile | None, /, *args: Any, **kwargs: Any) -> Attended:
         page = call.page or 0
         if not k.numel():  # nobody has a key; a map of nothing cannot be made, and is not looked at
             k = v = q.new_zeros((1, *k.shape[1:]))
-        chosen = kernel(tile, head_dim, q.dtype, call.causal, call.features - {"full", "paged", "contiguous"}, page)
+        section_mb = SECTIONS[head_dim].causal_mb if call.causal else SECTIONS[head_dim].full_mb
+        features = call.features - {"full", "paged", "contiguous"}
+        chosen = kernel(tile, head_dim, q.dtype, call.causal, features, page, section_mb)
         box = (CHUNK, gcd(tile.keys, page), 1, 1) if page else (CHUNK, 1, tile.keys)
         cap = call.softcap
         chosen.launch(
@@ -260,7 +283,14 @@ def run(tile: Tile | None, /, *args: Any, **kwargs: Any) -> Attended:
 def _defines(choice: Mapping[str, int | str]) -> Defines:
     head_dim = int(choice["HEAD_DIM"])
     features = {name: value for name, value in choice.items() if name != "LENGTH"}
-    return {**_tile_defines({"long": LONG, "short": SHORT}[str(choice["LENGTH"])][head_dim], head_dim), **features}
+    tile = {"long": LONG, "short": SHORT}[str(choice["LENGTH"])][head_dim]
+    return {**_tile_defines(tile, head_dim), "SECTION_MB": SECTIONS[head_dim].full_mb, **features}
+
+
+def _is_one(choice: Mapping[str, int | str]) -> bool:
+    """No window or tree without the causal mask; a tile is finished early where there is room for one alone."""
+    masked = choice["CAUSAL"] == 1 or (choice["WINDOW"] == 0 and choice["TREE"] == 0)
+    return masked and (choice["FLUSH"] == 0 or LONG[int(choice["HEAD_DIM"])].query_stages == 1)
 
 
 INSTANCES = Instances(
@@ -277,9 +307,10 @@ INSTANCES = Instances(
         "TREE": (0, 1),
         "LSE": (0, 1),
         "PAGE": (0, 16, 48, 64, 128, 256),
+        "FLUSH": (0, 1),
     },
     defines=_defines,
-    exists=lambda choice: choice["CAUSAL"] == 1 or (choice["WINDOW"] == 0 and choice["TREE"] == 0),
+    exists=_is_one,
     # A tree's mask looks up bits key by key, in blocks that are few: what is spilled there costs nothing that counts.
     spill_bytes=lambda choice: 512 if choice["TREE"] else 64,
 )
