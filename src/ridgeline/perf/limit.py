@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ridgeline.core.cost import Cost
+from ridgeline.core.machine import largest_cache_bytes
 from ridgeline.ops.weight import Weight
 
 CACHES_BEYOND = 4
@@ -116,15 +115,6 @@ def buffer_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return max(least, min(most, free // 2))
     return max(least, min(most, CACHES_BEYOND * largest_cache_bytes()))
-
-
-def largest_cache_bytes() -> int:
-    """The largest cache of this machine's first processor; 0 if the system does not say (it does on Linux)."""
-    largest = 0
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with suppress(OSError, ValueError):
-            largest = max(largest, int(file.read_text().strip().removesuffix("K")) << 10)
-    return largest
 
 
 def read_rate(data: torch.Tensor) -> float:

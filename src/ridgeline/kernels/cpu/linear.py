@@ -14,10 +14,7 @@ from ridgeline.kernels.cpu.native import Kernel
 from ridgeline.kernels.cpu.pool import POOL
 from ridgeline.ops.linear import linear
 from ridgeline.ops.op import cpu
-from ridgeline.ops.weight import Weight
-
-ALONE_PANELS = 1 << 10
-"""Inputs x panels x rows below which calling a helper takes longer than doing it all."""
+from ridgeline.ops.weight import PANEL, Weight
 
 linear_panels = Kernel("linear", "linear_panels")
 
@@ -42,10 +39,13 @@ def linear_cpu(
     data, outputs = weight.data, weight.out_features
     out = x.new_empty((tokens, outputs))
     panels = data.shape[0]
-    run = POOL.small if tokens * depth * panels <= ALONE_PANELS else POOL.share
-    run(
-        linear_panels, panels * -(-tokens // PASS_ROWS), x.data_ptr(), data.data_ptr(),
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), tokens, depth, outputs, HALF[x.dtype],
-        CODES[activation],
+    address = data.data_ptr()
+    arguments = (
+        x.data_ptr(), address, 0 if bias is None else bias.data_ptr(), out.data_ptr(), tokens, depth, outputs,
+        HALF[x.dtype], CODES[activation],
     )  # fmt: skip
+    if tokens <= PASS_ROWS:
+        POOL.stream(linear_panels, panels, address, depth * PANEL * data.element_size(), 0, *arguments)
+    else:
+        POOL.share(linear_panels, panels * -(-tokens // PASS_ROWS), *arguments)
     return out

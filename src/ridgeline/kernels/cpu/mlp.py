@@ -11,7 +11,6 @@ import torch
 from ridgeline.kernels.cpu.activation import CODES
 from ridgeline.kernels.cpu.blocks import PASS_ROWS
 from ridgeline.kernels.cpu.dtypes import HALF, other_dtype
-from ridgeline.kernels.cpu.linear import ALONE_PANELS
 from ridgeline.kernels.cpu.native import Kernel
 from ridgeline.kernels.cpu.pool import POOL
 from ridgeline.ops.mlp import gate, gated_linear
@@ -41,11 +40,13 @@ def gated_linear_cpu(x: torch.Tensor, weight: Weight, activation: str = "silu") 
     inner = weight.out_features // 2
     out = x.new_empty((tokens, inner))
     panels = -(-inner // PANEL)
-    run = POOL.small if 2 * tokens * depth * panels <= ALONE_PANELS else POOL.share
-    run(
-        gated_panels, panels * -(-tokens // PASS_ROWS), x.data_ptr(), weight.data.data_ptr(), out.data_ptr(),
-        tokens, depth, inner, HALF[x.dtype], CODES[activation],
-    )  # fmt: skip
+    address = weight.data.data_ptr()
+    arguments = x.data_ptr(), address, out.data_ptr(), tokens, depth, inner, HALF[x.dtype], CODES[activation]
+    unit_bytes = depth * PANEL * x.element_size()
+    if tokens <= PASS_ROWS:
+        POOL.stream(gated_panels, panels, address, unit_bytes, inner // PANEL * unit_bytes, *arguments)
+    else:
+        POOL.share(gated_panels, panels * -(-tokens // PASS_ROWS), *arguments)
     return out
 
 

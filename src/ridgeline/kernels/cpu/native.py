@@ -145,7 +145,7 @@ class _Definition(ctypes.Structure):
 
 
 METH_FASTCALL = 0x0080
-WORDS = 28
+WORDS = 40
 """Integers that a `Caller` takes at most."""
 
 _CALLER = """

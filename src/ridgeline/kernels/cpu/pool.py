@@ -2,11 +2,13 @@
 
 Knows units, workers and waiting. It must not know any op.
 
-A call publishes (kernel, units, arguments); the caller and every helper that is awake take units from one
-counter until none is left. Which worker computes a unit never changes its result. Helpers spin for a
-moment after each call, because in decode the next one follows within microseconds, and then sleep on a
-condition variable, so that an idle engine costs nothing. One call runs at a time: a mutex makes calls
-from several Python threads wait for each other (the numba layers would abort the process instead).
+A call publishes (kernel, units, arguments). Each worker, the caller being one, has a span of units that follow
+each other, because their memory does too and the hardware reads ahead; a worker that is done takes the last unit
+of the longest span left. Which worker computes a unit never changes its result. Helpers spin for a moment after
+each call, because in decode the next one follows within microseconds, and then sleep on a condition variable, so
+that an idle engine costs nothing. While they spin they fetch what the next product will read (code/streams.py). One
+call runs at a time: a mutex makes calls from several Python threads wait for each other (the numba layers would
+abort the process instead).
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ from functools import lru_cache
 
 import torch
 
+from ridgeline.core.machine import largest_cache_bytes
 from ridgeline.kernels.cpu.blocks import SCRATCH_BYTES
 from ridgeline.kernels.cpu.native import Caller, Kernel
-from ridgeline.kernels.cpu.state import ALLOWED, MOVES, POSIX, PROCESSORS, SCRATCH, SIZE, SPINS
+from ridgeline.kernels.cpu.state import ALLOWED, CACHE, MOVES, POSIX, PROCESSORS, SCRATCH, SPINS, size_bytes
 
 SPIN_S = 200e-6
 """How long a helper looks for more work before it sleeps: longer than the gaps between a decode step's ops."""
+
+CACHE_SHARE = 0.5
+"""Part of the largest cache that streams may fill; the rest is for all that is not a stream."""
 
 call, help_out, prepare, finish, spin = (
     Kernel("threads", name) for name in ("call", "help_out", "prepare", "finish", "spin")
@@ -64,15 +70,19 @@ class Pool:
         with self._starting:
             if self.state:
                 return
-            # Plain bytearrays would do, but torch's memory is not touched before it is used.
-            self._memory = torch.zeros(SIZE + 128, dtype=torch.uint8)
+            # Zeros are not torch's: after a fork its threads are gone, and large fills would wait for them. Nor is
+            # scratch memory a bytearray: it should not be touched before it is used.
+            size = size_bytes(self.workers)
+            self._memory = torch.frombuffer(bytearray(size + 128), dtype=torch.uint8)
             self._scratch = torch.empty(self.workers * SCRATCH_BYTES + 128, dtype=torch.uint8)
             state = -(-self._memory.data_ptr() // 128) * 128
             _invoke(prepare, state)
-            words = self._memory[state - self._memory.data_ptr() :][:SIZE].view(torch.int64)
+            words = self._memory[state - self._memory.data_ptr() :][:size].view(torch.int64)
             words[SPINS // 8] = int(SPIN_S / _pause_s())
             self.scratch = -(-self._scratch.data_ptr() // 128) * 128
             words[SCRATCH // 8] = self.scratch
+            # Where the caches' size is unknown, everything may stay.
+            words[CACHE // 8] = int(CACHE_SHARE * largest_cache_bytes()) or 1 << 62
             if MOVES:
                 for number in os.sched_getaffinity(0):
                     if number < PROCESSORS:
@@ -112,14 +122,28 @@ class Pool:
         """Run all units in this thread, keeping the interpreter's lock: for work of microseconds."""
         if not self.state:
             self._start()
-        self._run_short(self._call, self.state, kernel.address or kernel.ready(), units, units, 0, *arguments)
+        self._run_short(self._call, self.state, kernel.address or kernel.ready(), units, 0, 0, 0, 0, 0, *arguments)
 
     def share(self, kernel: Kernel, units: int, *arguments: int) -> None:
         """Run the units in this thread and its helpers, without the interpreter's lock."""
         helpers = self.helpers()
         if not self.state:
             self._start()
-        self._run_long(self._call, self.state, kernel.address or kernel.ready(), units, 1, helpers, *arguments)
+        self._run_long(self._call, self.state, kernel.address or kernel.ready(), units, helpers, 0, 0, 0, 0, *arguments)
+
+    def stream(self, kernel: Kernel, units: int, address: int, unit_bytes: int, beside: int, *arguments: int) -> None:
+        """As `share`, for units that stream memory, so that idle helpers may fetch what comes next.
+
+        Unit u reads unit_bytes at address + u * unit_bytes and, if `beside` is not 0, as many at `beside`
+        bytes further on.
+        """
+        helpers = self.helpers()
+        if not self.state:
+            self._start()
+        self._run_long(
+            self._call, self.state, kernel.address or kernel.ready(), units, helpers, address, unit_bytes, beside,
+            0, *arguments,
+        )  # fmt: skip
 
 
 def _pause_s() -> float:

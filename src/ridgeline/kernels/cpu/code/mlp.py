@@ -9,7 +9,7 @@ from __future__ import annotations
 from ridgeline.kernels.cpu.blocks import PASS_ROWS
 from ridgeline.kernels.cpu.code.activation import activate
 from ridgeline.kernels.cpu.code.memory import read, write
-from ridgeline.kernels.cpu.code.tile import ACC_BYTES, product
+from ridgeline.kernels.cpu.code.tile import ACC_BYTES, product, read_once
 from ridgeline.kernels.cpu.code.vector import argument, join, load_float
 from ridgeline.ops.weight import PANEL
 
@@ -21,19 +21,20 @@ def gated_panels(arguments: int, scratch: int, begin: int, end: int) -> None:
     size = 4 - 2 * half
     stride = depth * size
     passes = (tokens + PASS_ROWS - 1) // PASS_ROWS
-    shift = inner % PANEL
+    shift, panels = inner % PANEL, (inner + PANEL - 1) // PANEL
     gates, ups, more = scratch, scratch + ACC_BYTES, scratch + 2 * ACC_BYTES
     wide = scratch + 3 * ACC_BYTES
     for unit in range(begin, end):
         panel, first = unit // passes, unit % passes * PASS_ROWS
         rows, column = min(PASS_ROWS, tokens - first), panel * PANEL
         columns = min(PANEL, inner - column)
+        once = read_once(arguments, panel, panels)
         at = x + first * stride
         beside = (inner + column) // PANEL
-        product(at, stride, rows, w + panel * stride * PANEL, depth, half, gates, wide)
-        product(at, stride, rows, w + beside * stride * PANEL, depth, half, ups, wide)
+        product(at, stride, rows, w + panel * stride * PANEL, depth, half, gates, wide, once)
+        product(at, stride, rows, w + beside * stride * PANEL, depth, half, ups, wide, once)
         if shift + columns > PANEL:
-            product(at, stride, rows, w + (beside + 1) * stride * PANEL, depth, half, more, wide)
+            product(at, stride, rows, w + (beside + 1) * stride * PANEL, depth, half, more, wide, once)
         for row in range(rows):
             line = 4 * PANEL * row
             for lane in range(0, columns, 16):

@@ -14,6 +14,7 @@ from numba.core import types
 
 from ridgeline.kernels.cpu.blocks import SCRATCH_BYTES
 from ridgeline.kernels.cpu.code.part import njit
+from ridgeline.kernels.cpu.code.streams import FETCH_BYTES, follow, look_ahead
 from ridgeline.kernels.cpu.code.vector import (
     I8,
     I32,
@@ -27,14 +28,14 @@ from ridgeline.kernels.cpu.code.vector import (
 )
 from ridgeline.kernels.cpu.state import (
     ACTIVE,
+    AHEAD,
     ALLOWED,
     ARGUMENTS,
     BUSY,
     CALLER,
-    GRAIN,
     KERNEL,
     MOVES,
-    NEXT,
+    NUMBER,
     OPEN,
     POSIX,
     PROCESSORS,
@@ -42,10 +43,13 @@ from ridgeline.kernels.cpu.state import (
     SCRATCH,
     SLEEP,
     SLEEPERS,
+    SPAN,
+    SPANS,
     SPINS,
     STOP,
-    UNITS,
+    TURN,
     WAKE,
+    WORKERS,
 )
 
 # A state word as other threads see it.
@@ -65,6 +69,12 @@ def post(b: Any, address: Any, value: Any) -> None:
 def take(b: Any, address: Any, count: Any) -> Any:
     """Add `count`; returns the word as it was."""
     return b.atomic_rmw("add", pointer(b, address, I64), count, "seq_cst")
+
+
+@emitted(types.boolean, types.int64, types.int64, types.int64)
+def swap(b: Any, address: Any, old: Any, new: Any) -> Any:
+    """Make the word `new` if it is `old`; whether it was."""
+    return b.extract_value(b.cmpxchg(pointer(b, address, I64), old, new, "seq_cst", "seq_cst"), 1)
 
 
 @emitted(types.void)
@@ -127,7 +137,7 @@ def move(b: Any, mask: Any) -> None:
 def step_aside(state: int, worker: int) -> None:
     """Leave the caller's processor if there is another."""
     here = processor()
-    if here < 0 or here >= PROCESSORS or here != peek(state + CALLER):
+    if here < 0 or here >= PROCESSORS or here != load_i64(state + CALLER):
         return
     mask = load_i64(state + SCRATCH) + worker * SCRATCH_BYTES
     left = 0
@@ -142,40 +152,69 @@ def step_aside(state: int, worker: int) -> None:
 
 
 @njit
-def work(state: int, worker: int) -> None:
-    kernel, units, grain = load_i64(state + KERNEL), load_i64(state + UNITS), load_i64(state + GRAIN)
-    arguments = load_i64(state + ARGUMENTS)
-    scratch = load_i64(state + SCRATCH) + worker * SCRATCH_BYTES
-    first = take(state + NEXT, grain)
-    while first < units:
-        enter(kernel, arguments, scratch, first, min(first + grain, units))
-        first = take(state + NEXT, grain)
+def left(span: int) -> int:
+    """Units of a span's word."""
+    return (span & 0xFFFFFFFF) - (span >> 32)
 
 
 @njit
-def wanted(state: int, index: int) -> bool:
-    """Whether helper `index` may join a call that still has units to take."""
-    return peek(state + OPEN) > index and peek(state + NEXT) < peek(state + UNITS)
+def work(state: int, worker: int) -> None:
+    kernel, arguments, workers = load_i64(state + KERNEL), load_i64(state + ARGUMENTS), load_i64(state + WORKERS)
+    scratch = load_i64(state + SCRATCH) + worker * SCRATCH_BYTES
+    own = state + SPANS + SPAN * worker
+    span = peek(own)
+    while left(span) > 0:
+        if swap(own, span, span + (1 << 32)):
+            enter(kernel, arguments, scratch, span >> 32, (span >> 32) + 1)
+        span = peek(own)
+    while True:
+        place, longest = own, 0
+        for other in range(workers):
+            there = peek(state + SPANS + SPAN * other)
+            if left(there) > left(longest):
+                place, longest = state + SPANS + SPAN * other, there
+        if longest == 0:
+            return
+        if swap(place, longest, longest - 1):
+            last = longest & 0xFFFFFFFF
+            enter(kernel, arguments, scratch, last - 1, last)
+
+
+@njit
+def opened(turn: int) -> int:
+    """How many helpers may take part in a call."""
+    return turn >> OPEN & 0xFFFF
+
+
+@njit
+def wanted(turn: int, index: int, joined: int) -> bool:
+    """Whether helper `index`, who has joined the call of that number, may join this one."""
+    return opened(turn) > index and turn >> NUMBER != joined
 
 
 def help_out(state: int, index: int, _first: int, _last: int) -> None:
-    """A helper's life: join calls, spin, sleep, until STOP is set."""
-    spins = 0
+    """A helper's life: join calls, fetch what comes next, spin, sleep, until STOP is set."""
+    spins, joined, expected, fetched = 0, 0, 0, 0
     while peek(state + STOP) == 0:
-        if wanted(state, index):
-            take(state + ACTIVE, 1)
-            # Only now is the caller held back; look again, for it may have closed the call before.
-            if wanted(state, index):
+        turn = peek(state + TURN)
+        if wanted(turn, index, joined):
+            if swap(state + TURN, turn, turn + (1 << ACTIVE)):
+                joined = turn >> NUMBER
                 work(state, index + 1)
-            take(state + ACTIVE, -1)
-            spins = 0
+                take(state + TURN, -(1 << ACTIVE))
+                spins, expected = 0, 0
             continue
+        following = peek(state + AHEAD)
+        if following != expected:
+            expected, fetched = following, 0
+        if expected != 0 and fetched < FETCH_BYTES:
+            fetched = look_ahead(expected, index + 1, load_i64(state + WORKERS), fetched)
         pause()
         spins += 1
         if spins > peek(state + SPINS):
             lock(state + SLEEP)
             take(state + SLEEPERS, 1)
-            while peek(state + STOP) == 0 and not wanted(state, index):
+            while peek(state + STOP) == 0 and not wanted(peek(state + TURN), index, joined):
                 wait(state + WAKE, state + SLEEP)
             take(state + SLEEPERS, -1)
             unlock(state + SLEEP)
@@ -184,38 +223,52 @@ def help_out(state: int, index: int, _first: int, _last: int) -> None:
             step_aside(state, index + 1)
 
 
+@njit
+def share(state: int, kernel: int, units: int, helpers: int, arguments: int) -> None:
+    """Publish a call, take part in it, and wait until it is done."""
+    workers = helpers + 1
+    # Plain stores, which may be under way together; publishing waits for them.
+    store_i64(state + KERNEL, kernel)
+    store_i64(state + ARGUMENTS, arguments)
+    store_i64(state + WORKERS, workers)
+    store_i64(state + CALLER, processor())
+    for worker in range(workers):
+        first, last = units * worker // workers, units * (worker + 1) // workers
+        store_i64(state + SPANS + SPAN * worker, first << 32 | last)
+    closed = ((peek(state + TURN) >> NUMBER) + 1) << NUMBER
+    post(state + TURN, closed | helpers << OPEN)
+    if peek(state + SLEEPERS) > 0:
+        lock(state + SLEEP)
+        broadcast(state + WAKE)
+        unlock(state + SLEEP)
+    work(state, 0)
+    take(state + TURN, -(helpers << OPEN))
+    spins = 0
+    while peek(state + TURN) != closed:
+        pause()
+        spins += 1
+        if spins > 2000:
+            give_way()
+
+
 def call(request: int, _scratch: int, _first: int, _last: int) -> None:
-    """One kernel call: alone if helpers is 0 or there is a single grain, else shared.
+    """One kernel call: alone if helpers is 0 or there is a single unit, else shared.
 
     request: the address of REQUEST's words with the arguments behind them. They lie on the caller's stack,
     which outlives the call.
     """
-    state, kernel, units = argument(request, 0), argument(request, 1), argument(request, 2)
-    grain, helpers = argument(request, 3), argument(request, 4)
+    state, kernel = argument(request, 0), argument(request, 1)
+    units, helpers = argument(request, 2), argument(request, 3)
     arguments = request + 8 * REQUEST
     lock(state + BUSY)
-    if helpers == 0 or units <= grain:
+    kept, stream = units, argument(request, 4)
+    if stream != 0:
+        kept = follow(state, stream, argument(request, 5), argument(request, 6), units)
+    store_i64(arguments - 8, kept)
+    if helpers == 0 or units <= 1:
         enter(kernel, arguments, load_i64(state + SCRATCH), 0, units)
     else:
-        store_i64(state + KERNEL, kernel)
-        store_i64(state + ARGUMENTS, arguments)
-        store_i64(state + GRAIN, grain)
-        post(state + UNITS, units)
-        post(state + NEXT, 0)
-        post(state + CALLER, processor())
-        post(state + OPEN, helpers)
-        if peek(state + SLEEPERS) > 0:
-            lock(state + SLEEP)
-            broadcast(state + WAKE)
-            unlock(state + SLEEP)
-        work(state, 0)
-        post(state + OPEN, 0)
-        spins = 0
-        while peek(state + ACTIVE) > 0:
-            pause()
-            spins += 1
-            if spins > 2000:
-                give_way()
+        share(state, kernel, units, helpers, arguments)
     unlock(state + BUSY)
 
 

@@ -29,11 +29,13 @@ from ridgeline.kernels.cpu.code.vector import (
     I32,
     I32X,
     I64,
+    argument,
     emitted,
     fused,
     invoke,
     pointer,
     prefetch,
+    prefetch_once,
     shuffled,
     spread,
     whole,
@@ -51,6 +53,12 @@ PAIRED = WIDE and bool(_features.get("avx512bf16"))
 
 ROWS = 6
 """Rows of the highest tile: 6 x 4 accumulators, 4 weights and an x leave a few of 32 registers."""
+
+ONCE_ROWS = 2
+"""Rows of the highest tile that may be told that its weights are read once."""
+
+ONCE_AHEAD_BYTES = 4 << 10
+"""How far before they are needed such weights are fetched."""
 
 Sums = list[list[Any]]
 
@@ -165,7 +173,7 @@ def _loop(b: Any, begin: Any, end: Any, stride: int, sums: Sums, body: Any) -> t
     return k, phis
 
 
-def _tile(rows: int, kind: str) -> Any:
+def _tile(rows: int, kind: str, once: bool = False) -> Any:
     together = 4 if rows <= 2 else 2
     count = 4 if kind == PAIRS else _columns(rows)
     stride = 2 * together if kind == PAIRS else together
@@ -175,8 +183,8 @@ def _tile(rows: int, kind: str) -> Any:
     def tile(b: Any, x: Any, pitch: Any, w: Any, depth: Any, acc: Any, ahead: Any) -> None:
         """acc[row][64] += sum of x[row][k] w[k][64] for k below depth.
 
-        x: rows `pitch` bytes apart, fp32 (for PAIRS bf16); acc: fp32. Meanwhile half as many bytes as the
-        weights have are fetched from `ahead` on into the second-level cache.
+        x: rows `pitch` bytes apart, fp32 (for PAIRS bf16); acc: fp32. In tiles of three rows and more half as
+        many bytes as the weights have are fetched from `ahead` on into the second-level cache.
         """
         lines = [b.add(x, b.mul(pitch, ir.Constant(I64, row))) for row in range(rows)]
         for first in range(0, 4, count):
@@ -201,6 +209,9 @@ def _tile(rows: int, kind: str) -> Any:
                 if rows > 2 and first == 0:
                     for offset in range(0, stride * row_bytes // 2, 64):
                         prefetch(b, _place(b, ahead, k, row_bytes // 2, offset, I8))
+                if once and first == 0:
+                    for offset in range(0, stride * row_bytes, 64):
+                        prefetch_once(b, _place(b, w, k, row_bytes, ONCE_AHEAD_BYTES + offset, I8))
                 for number in range(together):
                     if kind == PAIRS:
                         sums = pair(b.add(k, ir.Constant(I64, 2 * number)), sums)
@@ -224,10 +235,17 @@ def _tile(rows: int, kind: str) -> Any:
 _f1, _f2, _f3, _f4, _f5, _f6 = (_tile(rows, FLOAT) for rows in range(1, ROWS + 1))
 _h1, _h2, _h3, _h4, _h5, _h6 = (_tile(rows, PAIRS if PAIRED else HALF) for rows in range(1, ROWS + 1))
 
+_fo1, _fo2 = (_tile(rows, FLOAT, True) for rows in range(1, ONCE_ROWS + 1))
+_ho1, _ho2 = (_tile(rows, PAIRS if PAIRED else HALF, True) for rows in range(1, ONCE_ROWS + 1))
+
 
 @njit
-def float_tile(x: int, pitch: int, rows: int, w: int, depth: int, acc: int, ahead: int) -> None:
-    if rows == 6:
+def float_tile(x: int, pitch: int, rows: int, w: int, depth: int, acc: int, ahead: int, once: bool) -> None:
+    if once and rows == 1:
+        _fo1(x, pitch, w, depth, acc, ahead)
+    elif once and rows == 2:
+        _fo2(x, pitch, w, depth, acc, ahead)
+    elif rows == 6:
         _f6(x, pitch, w, depth, acc, ahead)
     elif rows == 1:
         _f1(x, pitch, w, depth, acc, ahead)
@@ -242,8 +260,12 @@ def float_tile(x: int, pitch: int, rows: int, w: int, depth: int, acc: int, ahea
 
 
 @njit
-def half_tile(x: int, pitch: int, rows: int, w: int, depth: int, acc: int, ahead: int) -> None:
-    if rows == 6:
+def half_tile(x: int, pitch: int, rows: int, w: int, depth: int, acc: int, ahead: int, once: bool) -> None:
+    if once and rows == 1:
+        _ho1(x, pitch, w, depth, acc, ahead)
+    elif once and rows == 2:
+        _ho2(x, pitch, w, depth, acc, ahead)
+    elif rows == 6:
         _h6(x, pitch, w, depth, acc, ahead)
     elif rows == 1:
         _h1(x, pitch, w, depth, acc, ahead)
@@ -258,7 +280,7 @@ def half_tile(x: int, pitch: int, rows: int, w: int, depth: int, acc: int, ahead
 
 
 @njit
-def block_rows(x: int, pitch: int, rows: int, w: int, depth: int, half: int, acc: int) -> None:
+def block_rows(x: int, pitch: int, rows: int, w: int, depth: int, half: int, acc: int, once: bool) -> None:
     """acc[row][64] += x[row] @ block, in tiles of nearly equal height.
 
     Tiles after the first find the weights in the cache and would leave the memory idle, so tiles fetch the
@@ -270,10 +292,16 @@ def block_rows(x: int, pitch: int, rows: int, w: int, depth: int, half: int, acc
         height = rows // (tiles - tile)
         ahead = behind + (tile & 1) * (depth * PANEL * (2 - half))
         if half:
-            half_tile(x, pitch, height, w, depth, acc, ahead)
+            half_tile(x, pitch, height, w, depth, acc, ahead, once)
         else:
-            float_tile(x, pitch, height, w, depth, acc, ahead)
+            float_tile(x, pitch, height, w, depth, acc, ahead, once)
         x, acc, rows = x + height * pitch, acc + height * PANEL * 4, rows - height
+
+
+@njit
+def read_once(arguments: int, unit: int, units: int) -> bool:
+    """Whether unit number `unit` of a call is not one of those that should stay in the cache, evenly spread."""
+    return unit * argument(arguments, -1) % units >= argument(arguments, -1)
 
 
 BLOCK = 512
@@ -285,11 +313,11 @@ WIDE_BYTES = PASS_ROWS * BLOCK * 4
 
 
 @njit
-def product(x: int, pitch: int, rows: int, w: int, depth: int, half: int, acc: int, wide: int) -> None:
+def product(x: int, pitch: int, rows: int, w: int, depth: int, half: int, acc: int, wide: int, once: bool) -> None:
     """acc[row][64] = x[row] @ panel for at most PASS_ROWS rows.
 
     x: rows `pitch` bytes apart; w: a panel [depth][64]; half: whether both are bf16; acc: fp32;
-    wide: WIDE_BYTES of scratch.
+    wide: WIDE_BYTES of scratch; once: whether the panel will be out of the cache when it is read again anyway.
     """
     clear(acc, rows * PANEL)
     size = 4 - 2 * half
@@ -299,6 +327,6 @@ def product(x: int, pitch: int, rows: int, w: int, depth: int, half: int, acc: i
         if half and not PAIRED:
             for row in range(rows):
                 widen(x + row * pitch + 2 * first, wide + 4 * BLOCK * row, 1, count)
-            block_rows(wide, 4 * BLOCK, rows, block, count, half, acc)
+            block_rows(wide, 4 * BLOCK, rows, block, count, half, acc, once)
         else:
-            block_rows(x + first * size, pitch, rows, block, count, half, acc)
+            block_rows(x + first * size, pitch, rows, block, count, half, acc, once)

@@ -128,6 +128,12 @@ def prefetch(b: Any, at: Any) -> None:
     invoke(b, "llvm.prefetch.p0", ir.VoidType(), at, read, second_level, data)
 
 
+def prefetch_once(b: Any, at: Any) -> None:
+    """Bring a line that will be read once: it displaces others in the near caches only."""
+    read, never_again, data = (ir.Constant(I32, value) for value in (0, 0, 1))
+    invoke(b, "llvm.prefetch.p0", ir.VoidType(), at, read, never_again, data)
+
+
 def fused(b: Any, x: Any, y: Any, z: Any) -> Any:
     return invoke(b, "llvm.fma.v16f32", F32X, x, y, z)
 
@@ -330,6 +336,12 @@ def round_bfloat(b: Any, x: Any) -> Any:
 @emitted(types.int64, types.int64)
 def load_i64(b: Any, address: Any) -> Any:
     return b.load(pointer(b, address, I64), align=8)
+
+
+@emitted(types.void, types.int64)
+def fetch_once(b: Any, address: Any) -> None:
+    """Begin to bring the line at an address, which will be read once."""
+    prefetch_once(b, pointer(b, address, I8))
 
 
 @emitted(types.int64, types.int64, types.int64)
