@@ -53,6 +53,14 @@ def test_figures_follow_the_engine(server: Served) -> None:
     assert after["tpot"]["count"] - before["tpot"]["count"] == 2
     assert 0.4 < after["now"]["prefix_hit_rate"] < 0.5  # 192 of 400
     assert after["now"]["running"] == after["now"]["waiting"] == 0
+    assert len(after["prediction"]["steps"]["decode"]) >= 50
+    assert after["prediction"]["median_error"] < 0.5
+    point = after["roofline"]["points"]["decode"]
+    assert point["bytes_per_s"] == pytest.approx(point["flops_per_s"] / point["intensity"])
+    assert 0.01 < point["share"] < 1.5
+    assert "measured at start" in after["roofline"]["roofs"]
+    metrics = server.client.get("/metrics").text
+    assert 'vllm:estimated_flops_per_gpu_total{engine="0",model_name="ridgeline"} 0.0' not in metrics
     refused = server.post("/v1/completions", {"model": "ridgeline", "prompt": "a", "max_tokens": -1})
     assert refused.status_code == 400
     with server.client.stream(
@@ -113,6 +121,9 @@ def test_in_chromium(keyed: Served, size: tuple[int, int]) -> None:
         assert len(text) > len("class Stack:") + 150
         page.locator("#ttft svg").wait_for()
         page.locator("#tpot svg").wait_for()
+        page.locator("#roofline svg").wait_for()
+        page.locator("#prediction svg").wait_for()
+        assert "of the limit" in page.locator("#roofline svg").get_attribute("aria-label")
         page.wait_for_timeout(1500)
         assert "tok/s" in page.locator(".tile", has_text="Output").inner_text()
         wide, seen = page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from ridgeline.core.errors import DoesNotFit, InvalidArgument
-from ridgeline.perf.hardware import find
-from ridgeline.study.plan import Planner, batches, datasheet, datasheet_of, named, planner
+from ridgeline.perf.hardware import find, named
+from ridgeline.study.plan import Planner, batches, datasheet, datasheet_of, planner
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],

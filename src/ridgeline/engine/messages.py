@@ -14,7 +14,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -35,12 +35,14 @@ class ChannelError(RidgelineError):
 class Start:
     """The first word: make an engine. settings: of EngineConfig. beat_s: say something at least this often.
 
-    faults: obey Fault, which only tests and soaks ask for.
+    faults: obey Fault, which only tests and soaks ask for. roofs: as an earlier engine of this owner found them;
+    without any they are found again.
     """
 
     settings: dict[str, Any]
     beat_s: float = 0.25
     faults: bool = False
+    roofs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,8 @@ class Loading:
 class Ready:
     """The engine runs. Facts that intake and metrics need; settings: as resolved; memory: the ledger, in bytes.
 
-    lines: what was decided and why, for a log. load_s: how long the start took.
+    lines: what was decided and why, for a log. load_s: how long the start took. roofs: of the machine, as
+    matrix_flops, vector_flops, bytes_per_s and source; empty if nobody knows them.
     """
 
     directory: str
@@ -122,6 +125,7 @@ class Ready:
     memory: dict[str, Any]
     lines: list[str]
     load_s: float
+    roofs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,8 @@ class Stepped:
     heard of for the first time. scores: (number, log-probability, rank, [(id, log-probability), …]) of those
     tokens whose owners asked. prompts: (number, [(id, log-probability, rank, [...]), …]) of prompt tokens.
     ended: (number, reason, stop id or None, preemptions).
-    step_s: how long the step took; device_s: the device's part of it.
+    step_s: how long the step took; device_s: the device's part of it. flops, bytes: the least that it had to do;
+    floor_s: the least time of that under the machine's roofs. 0 and None if nobody counts.
     """
 
     step: int
@@ -161,6 +166,9 @@ class Stepped:
     preemptions: int
     prefix_queries: int
     prefix_hits: int
+    flops: float = 0.0
+    bytes: float = 0.0
+    floor_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

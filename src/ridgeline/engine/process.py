@@ -28,6 +28,7 @@ from ridgeline.core.request import Request, SamplingParams
 from ridgeline.core.step import StepRecord, TokenScore
 from ridgeline.engine.build import Built, build
 from ridgeline.engine.faults import FaultyExecutor
+from ridgeline.engine.forecast import Forecast, Foretold, forecast_of
 from ridgeline.engine.isolation import Isolation
 from ridgeline.engine.messages import (
     Abort,
@@ -64,7 +65,7 @@ DEAD_CONTEXT = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "unspecifie
 class Loop:
     """One engine and one owner, until either ends."""
 
-    def __init__(self, channel: Channel, built: Built, start: Start) -> None:
+    def __init__(self, channel: Channel, built: Built, start: Start, forecast: Forecast | None) -> None:
         self.channel = channel
         self.built = built
         self.isolation = Isolation(built.engine)
@@ -76,6 +77,8 @@ class Loop:
         self._new: set[int] = set()  # not heard of yet
         self._prompts_told: dict[int, int] = {}
         self._record: StepRecord | None = None
+        self._forecast = forecast
+        self._foretold: Foretold | None = None
         self._steps = 0
         self._beat_s = 0.0
         self._stopping = False
@@ -83,9 +86,12 @@ class Loop:
         self._compiler: ThreadPoolExecutor | None = None
         self._compiling: list[tuple[Submit, Future[Any]]] = []
         built.engine.listeners.append(self._listen)
+        if forecast is not None:
+            built.engine.predict = forecast.predict
 
     def _listen(self, record: StepRecord) -> None:
         self._record = record
+        self._foretold = None if self._forecast is None else self._forecast.learn(record)
 
     def run(self) -> None:
         """Until Stop comes. ChannelError if the owner is gone; an error of the engine that it cannot survive."""
@@ -271,6 +277,7 @@ class Loop:
                 del self.requests[number]
                 self._gone(number)
         record, self._record = self._record, None
+        foretold, self._foretold = self._foretold, None
         self._say(
             Stepped(
                 step=self._steps,
@@ -292,6 +299,9 @@ class Loop:
                 preemptions=scheduler.preemptions,
                 prefix_queries=cache.queried_tokens,
                 prefix_hits=cache.hit_tokens,
+                flops=0.0 if foretold is None else foretold.flops,
+                bytes=0.0 if foretold is None else foretold.bytes,
+                floor_s=None if foretold is None else foretold.floor_s,
             )
         )
 
@@ -313,7 +323,7 @@ def _finite(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else LOWEST_LOGPROB
 
 
-def _ready(built: Built, tokenizer: str | None, load_s: float) -> Ready:
+def _ready(built: Built, tokenizer: str | None, load_s: float, roofs: dict[str, Any]) -> Ready:
     config, spec = built.config, built.spec
     directory = built.directory if built.directory.is_dir() else built.directory.parent
     source = Path(tokenizer) if tokenizer else directory
@@ -335,6 +345,7 @@ def _ready(built: Built, tokenizer: str | None, load_s: float) -> Ready:
         memory=asdict(built.ledger),
         lines=built.lines(),
         load_s=load_s,
+        roofs=roofs,
     )
 
 
@@ -374,12 +385,13 @@ def main(descriptor: int) -> int:
             where = locate(config.model, config.revision)
             built = _build(channel, {**start.settings, "model": str(where)})
             built.tokenizer_directory = Path(config.tokenizer or (where if where.is_dir() else where.parent))
-            ready = _ready(built, config.tokenizer, time.monotonic() - began)
+            forecast, roofs = forecast_of(built, start.roofs)
+            ready = _ready(built, config.tokenizer, time.monotonic() - began, roofs)
         except RidgelineError as error:
             channel.send(Refused(" ".join(str(error).split())))
             channel.close()
             return 1
-        loop = Loop(channel, built, start)
+        loop = Loop(channel, built, start, forecast)
         channel.send(ready)
         loop.run()
         built.close()

@@ -133,6 +133,18 @@ def find(name: str) -> Hardware:
     raise InvalidArgument("hardware", f"{name!r} is not known: {', '.join([*machines, THIS])}{hint}")
 
 
+def named(name: str) -> Hardware | None:
+    """The table's machine of a driver's name, such as "NVIDIA A100-SXM4-80GB": of the same chip, and then the one whose
+    name shares most with it."""
+    words = name.replace("-", " ").split()
+
+    def chip(machine: Hardware) -> str:
+        return next((word for word in machine.name.split() if any(map(str.isdigit, word))), machine.name)
+
+    same = [one for one in known().values() if chip(one) in words]
+    return max(same, key=lambda one: sum(word in name for word in one.name.split()), default=None)
+
+
 def _plain(name: str) -> str:
     return "".join(letter for letter in name if letter.isalnum())
 

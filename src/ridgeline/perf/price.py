@@ -71,6 +71,10 @@ class Price:
         """Attention's distinct calls (windowed layers, full ones): how often each is made, and its cost."""
         return self._calls(self._dense(1, 1, True), spans)
 
+    def masks(self) -> list[tuple[int | None, bool]]:
+        """Window and causality of each of the distinct calls, in the order of `calls`."""
+        return [(call["window"], call["causal"]) for _, call in self._dense(1, 1, True).attention]
+
     def _attention(self, dense: _Dense, spans: Spans, total: Cost) -> Cost:
         for times, cost in self._calls(dense, spans):
             total += cost * times

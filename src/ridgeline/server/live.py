@@ -5,13 +5,14 @@ Knows the engine's messages and the board. It must not know HTTP or prometheus.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ridgeline import __version__
 from ridgeline.core.request import RequestOutput
 from ridgeline.dashboard.board import NO_PROMPT, Board, Facts, Now, Step
 from ridgeline.engine.messages import Beat, Ready, Stepped
+from ridgeline.perf.roofline import Roofline
 
 
 class Live:
@@ -43,6 +44,8 @@ class Live:
             block_size=facts.block_size,
             max_num_seqs=facts.max_num_seqs,
             max_model_len=facts.max_model_len,
+            roofline=_roofline(facts.roofs),
+            roofs=str(facts.roofs.get("source", "")),
         )
 
     def heard(self, message: Stepped | Beat) -> None:
@@ -68,6 +71,8 @@ class Live:
                 waiting=message.waiting,
                 free_blocks=message.free_blocks,
                 preempted=preempted,
+                flops=message.flops,
+                bytes=message.bytes,
             )
         )
 
@@ -87,3 +92,9 @@ class Live:
         """For the page, now."""
         waiting = max(self._admitted() - self._running, 0)
         return self.board.snapshot(Now(self._state(), self._running, waiting))
+
+
+def _roofline(roofs: Mapping[str, Any]) -> Roofline | None:
+    if not roofs:
+        return None
+    return Roofline(roofs["matrix_flops"], roofs["vector_flops"], roofs["bytes_per_s"])

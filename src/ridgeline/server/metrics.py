@@ -67,8 +67,10 @@ class Metrics:
         self.step_s = histogram("ridgeline:step_seconds", "Measured time of a step.", STEPS)
         self.predicted_s = histogram("ridgeline:step_predicted_seconds", "Predicted time of a step.", STEPS)
         self.limit_share = histogram(
-            "ridgeline:step_share_of_limit", "Predicted over measured time of a step's device part.", SHARES
+            "ridgeline:step_share_of_limit", "Least possible time of a step over the time its device took.", SHARES
         )
+        self.flops = counter("vllm:estimated_flops_per_gpu", "Floating-point operations that steps had to do.")
+        self.bytes = counter("ridgeline:estimated_bytes", "Bytes that steps had to move to and from memory.")
         self.memory = Gauge(
             "ridgeline:memory_bytes", "The memory ledger.", ["model_name", "engine", "part"], registry=self.registry
         )
@@ -146,8 +148,10 @@ class Metrics:
             self.step_s.observe(message.step_s)
             if message.predicted_s is not None:
                 self.predicted_s.observe(message.predicted_s)
-                if message.device_s > 0:
-                    self.limit_share.observe(message.predicted_s / message.device_s)
+            if message.floor_s is not None and message.device_s > 0:
+                self.limit_share.observe(message.floor_s / message.device_s)
+                self.flops.inc(message.flops)
+                self.bytes.inc(message.bytes)
 
     def ended(self, output: RequestOutput, n: int, max_tokens: int) -> None:
         """A request has come to its end."""

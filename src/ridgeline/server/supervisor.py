@@ -230,7 +230,8 @@ class Supervisor:
         await loop.create_unix_connection(lambda: wire, sock=ours)
         self._wire = wire
         began = self.heard_s = time.monotonic()
-        self._send(Start(dict(self.settings.engine), faults=self.settings.faults))
+        roofs = {} if self.facts is None else self.facts.roofs
+        self._send(Start(dict(self.settings.engine), faults=self.settings.faults, roofs=roofs))
         while not self._lost.is_set():
             try:
                 await asyncio.wait_for(self._lost.wait(), TICK_S * 5)

@@ -22,7 +22,7 @@ from ridgeline.models.checkpoint import locate
 from ridgeline.models.spec import read_config
 from ridgeline.ops import Ops
 from ridgeline.perf.card import Card
-from ridgeline.perf.hardware import THIS, Hardware, find, known
+from ridgeline.perf.hardware import THIS, Hardware, find, known, named
 from ridgeline.perf.limit import OwnProduct, matrix_rate, measure_limit
 from ridgeline.perf.meter import Meter
 from ridgeline.perf.predict import StepSeconds
@@ -292,18 +292,6 @@ def datasheet(machine: Hardware) -> Hardware | None:
 def datasheet_of(device: str) -> Hardware | None:
     """The table's machine for a device ("cuda:0"), by the name that its driver tells; None for a CPU."""
     return named(torch.cuda.get_device_name(device)) if torch.device(device).type == "cuda" else None
-
-
-def named(name: str) -> Hardware | None:
-    """The table's machine of a driver's name, such as "NVIDIA A100-SXM4-80GB": of the same chip, and then the one whose
-    name shares most with it."""
-    words = name.replace("-", " ").split()
-
-    def chip(machine: Hardware) -> str:
-        return next((word for word in machine.name.split() if any(map(str.isdigit, word))), machine.name)
-
-    same = [one for one in known().values() if chip(one) in words]
-    return max(same, key=lambda one: sum(word in name for word in one.name.split()), default=None)
 
 
 def machines(names: Sequence[str] | None) -> list[Hardware]:
