@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> Record:
     record = Record("attention-decode", options)
     device = torch.device("cuda")
     if options.plan:
-        decode.MEASURED[HEAD_DIM] = decode.Narrow(HEAD_DIM, *options.plan)
+        decode.PLANS[HEAD_DIM] = decode.Narrow(HEAD_DIM, *options.plan)
     known = peers.peers(device)
     rivals: dict[str, peers.Peer] = {}
     for name in options.peers:

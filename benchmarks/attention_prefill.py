@@ -45,7 +45,7 @@ one alone."""
 
 
 def main() -> None:
-    options = parse()
+    options = arguments().parse_args()
     record = Record("attention-prefill", options)
     lengths = LENGTHS[:1] if options.quick else options.lengths
     record.settings = {"tokens": TOKENS, "dtype": "bf16", "stretch_s": STRETCH_S, "graphs": "every side"}
@@ -76,14 +76,14 @@ def main() -> None:
     record.close()
 
 
-def parse() -> argparse.Namespace:
-    options = parser(__doc__ or "", rounds=21)
-    options.add_argument("--fa3", type=Path, help="FlashAttention-3's compiled library")
-    options.add_argument("--variants", nargs="*", default=[], choices=list(VARIANTS), help="of sm90, beside it")
-    options.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    options.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
-    options.add_argument("--budget", type=float, default=1e9, help="seconds after which no further cell is begun")
-    return options.parse_args()
+def arguments() -> argparse.ArgumentParser:
+    result = parser(__doc__ or "", rounds=21)
+    result.add_argument("--fa3", type=Path, help="FlashAttention-3's compiled library")
+    result.add_argument("--variants", nargs="*", default=[], choices=list(VARIANTS), help="of sm90, beside it")
+    result.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    result.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
+    result.add_argument("--budget", type=float, default=1e9, help="seconds after which no further cell is begun")
+    return result
 
 
 def cell(record: Record, length: int, heads: int, kv_heads: int, dim: int, causal: bool) -> list[str]:

@@ -1,0 +1,231 @@
+"""Everything that a GPU can tell of this project, one step after the other, in pieces if there is little time.
+
+Each step is a process of its own with a time limit, a log, and results under --out; what was done is kept in
+gpu-all.json there, so that a later call goes on where this one stopped. A step that fails or takes too long is noted,
+and the next one begins.
+
+    python3 -m benchmarks.gpu_all --list                              # the steps, and the minutes that each takes
+    python3 -m benchmarks.gpu_all --out results                       # all of them
+    python3 -m benchmarks.gpu_all --out results --minutes 10          # as many as fit into ten minutes
+    python3 -m benchmarks.gpu_all tests prefill --out results --fa3 _vllm_fa3_C.abi3.so
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks import ROOT
+from benchmarks.record import compact, machine, show_table, versions
+
+STATE = "gpu-all.json"
+TAIL_LINES = 30
+GRACE_S = 10
+"""Between asking a step to stop and making it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process. minutes: what it takes on an H200, compiling included. command: what stands behind the interpreter,
+    from the options."""
+
+    name: str
+    minutes: float
+    what: str
+    command: Callable[[argparse.Namespace], list[str]]
+
+
+def benchmark(module: str, *more: str, fa3: bool = False) -> Callable[[argparse.Namespace], list[str]]:
+    """A script of this folder, its result under --out."""
+
+    def command(options: argparse.Namespace) -> list[str]:
+        library = ["--fa3", str(options.fa3)] if fa3 and options.fa3 else []
+        commit = ["--commit", options.commit] if options.commit else []
+        quick = ["--quick"] if options.quick else []
+        return ["-m", f"benchmarks.{module}", *more, *library, *commit, *quick, "--out", str(options.out)]
+
+    return command
+
+
+def tests(marks: str, name: str) -> Callable[[argparse.Namespace], list[str]]:
+    return lambda options: ["-m", "pytest", "tests", "-m", marks, f"--junitxml={options.out / name}"]
+
+
+def latency(options: argparse.Namespace) -> list[str]:
+    rungs = [word for rung in ("standard", "v1", "v2", "triton", "decode,sm90") for word in ("--attention", rung)]
+    few = ["--batch", "1", "--rounds", "2"] if options.quick else []
+    program = "from ridgeline.cli.main import main; raise SystemExit(main())"
+    return ["-c", program, "bench", "latency", *rungs, *few, "--out", str(options.out / "latency.json")]
+
+
+STEPS = (
+    Step("tests", 5, "tests on a GPU", tests("gpu and not slow", "tests.xml")),
+    Step("decode-step", 2, "the engine's whole decode step", benchmark("gpu_decode")),
+    Step("prefill", 4, "sm90 beside its peers on the issue's grid", benchmark("attention_prefill", fa3=True)),
+    Step("decode", 3, "decode attention beside its peers, and trees", benchmark("attention_decode")),
+    Step("report", 1, "the report's experiment", benchmark("attention", "report", "--name", "attention-report")),
+    Step("sweep", 6, "every rung on the papers' grid",
+         benchmark("attention", "sweep", "--grouped", "--name", "attention-sweep")),
+    Step("latency", 5, "whole models with each rung", latency),
+    Step("accuracy", 1, "errors on numbers with outliers", benchmark("attention_accuracy")),
+    Step("seeds", 6, "what neighbours change, and what it costs that they do not", benchmark("gpu_seeds")),
+    Step("baseline", 2, "the engine beside Transformers", benchmark("gpu_baseline")),
+    Step("product", 3, "products in fixed tiles", benchmark("gpu_product")),
+    Step("variants", 3, "sm90 with other sections and ends of tiles",
+         benchmark("attention_prefill", "--variants", "sections-8", "sections-16", "flush", "--lengths", "512", "4096",
+                   "16384", fa3=True)),
+    Step("bytes", 3, "bytes by hardware counters",
+         benchmark("attention", "sweep", "--counters", "--head-dim", "128", "--sequence", "512", "4096", "--name",
+                   "attention-bytes")),
+    Step("memory", 1, "memory against length", benchmark("attention", "memory", "--name", "attention-memory")),
+    Step("linear", 2, "products of one token", benchmark("gpu_linear")),
+    Step("feed-forward", 2, "feed-forward networks", benchmark("gpu_feed_forward")),
+    Step("launch", 1, "launches and compiling", benchmark("gpu_launch")),
+    Step("tests-slow", 8, "compute-sanitizer, and tests over five seconds", tests("gpu and slow", "tests-slow.xml")),
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments().parse_args(argv)
+    chosen = [step for step in STEPS if step.name in (options.steps or [one.name for one in STEPS])]
+    chosen = [step for step in chosen if step.name not in options.skip]
+    if options.list:
+        rows = [[step.name, f"{step.minutes:g}", step.what] for step in chosen]
+        show_table(f"{sum(step.minutes for step in chosen):g} minutes in all", ["step", "minutes", "what"], rows)
+        return 0
+    if options.out is None:
+        raise SystemExit("--out names a folder for the results")
+    options.out = options.out.resolve()
+    (options.out / "logs").mkdir(parents=True, exist_ok=True)
+    state = read(options.out)
+    began = time.monotonic()
+    for step in chosen:
+        spent = (time.monotonic() - began) / 60
+        if state["steps"].get(step.name, {}).get("status") == "done" and not options.again:
+            print(f"{step.name}: done before ({STATE} says so; --again runs it once more)")
+        elif options.minutes is not None and spent + step.minutes > options.minutes:
+            print(f"{step.name}: takes {step.minutes:g} minutes, {max(options.minutes - spent, 0):.1f} are left")
+        else:
+            state["steps"][step.name] = {"status": "under way", "began": now()}
+            write(options.out, state)
+            state["steps"][step.name] = run(step, options)
+            write(options.out, state)
+    told = [[step.name, *said(state["steps"].get(step.name))] for step in chosen]
+    show_table(f"{(time.monotonic() - began) / 60:.1f} minutes", ["step", "", "minutes", "results"], told)
+    return 0 if all(state["steps"].get(step.name, {}).get("status") == "done" for step in chosen) else 1
+
+
+def arguments() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [step.name for step in STEPS]
+    result.add_argument(
+        "steps", nargs="*", metavar="step", choices=[*names, []], help=f"of {', '.join(names)}; all if left out"
+    )
+    result.add_argument("--skip", nargs="+", default=[], metavar="step")
+    result.add_argument("--list", action="store_true", help="show the steps and end")
+    result.add_argument("--out", type=Path, help="folder for results and logs")
+    result.add_argument("--minutes", type=float, help="begin no step that would not end within so many")
+    result.add_argument("--patience", type=float, default=2.0, help="times its minutes after which a step is stopped")
+    result.add_argument("--again", action="store_true", help="also steps that are done")
+    result.add_argument("--quick", action="store_true", help="a smoke test: benchmarks with tiny sizes")
+    result.add_argument("--fa3", type=Path, help="FlashAttention-3's compiled library")
+    result.add_argument("--commit", help="the commit, where git is not there or does not know")
+    return result
+
+
+def run(step: Step, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one step to its end, or to the end of patience; what is to be said of it."""
+    log = options.out / "logs" / f"{step.name}.txt"
+    command = [sys.executable, *step.command(options)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(("src", os.environ.get("PYTHONPATH", "")))}
+    if options.fa3:
+        environment["FA3_LIBRARY"] = str(options.fa3.resolve())
+    limit_s = 60 * step.minutes * options.patience
+    print(f"{step.name}: {step.what}, about {step.minutes:g} minutes", flush=True)
+    before = results(options.out)
+    start, when = time.monotonic(), now()
+    with log.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+            stop(process)
+        except BaseException:
+            stop(process)
+            raise
+    status = "too long" if code is None else "done" if code == 0 else "failed"
+    if status != "done":
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join(lines[-TAIL_LINES:]))
+    print(f"{step.name}: {status} after {time.monotonic() - start:.0f} s", flush=True)
+    return {
+        "status": status,
+        "began": when,
+        "seconds": round(time.monotonic() - start, 1),
+        "code": code,
+        "limit_s": limit_s,
+        "command": ["python3", *command[1:]],
+        "log": str(log.relative_to(options.out)),
+        "results": sorted(results(options.out) - before),
+    }
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a step with all that it has started."""
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, kind)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def results(folder: Path) -> set[str]:
+    return {path.name for path in (*folder.glob("*.json"), *folder.glob("*.xml"))} - {STATE}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    path = folder / STATE
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    return {"name": "gpu-all", "steps": {}}
+
+
+def write(folder: Path, state: dict[str, Any]) -> None:
+    path = folder / STATE
+    fresh = path.with_suffix(".new")
+    fresh.write_text(compact({**state, "machine": machine(), "versions": versions()}) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def said(step: dict[str, Any] | None) -> list[str]:
+    """Status, minutes and results of a step, for the table."""
+    if step is None:
+        return ["not run", "", ""]
+    return [step["status"], f"{step.get('seconds', 0) / 60:.1f}", ", ".join(step.get("results", []))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

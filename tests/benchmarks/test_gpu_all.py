@@ -1,0 +1,100 @@
+"""All steps of a GPU in a row: what is run, skipped, stopped, kept; and that each step names what there is."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_all
+from benchmarks.gpu_all import STEPS, Step
+
+HANGS = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print("on", flush=True)
+time.sleep(60)
+"""
+
+
+def python(code: str) -> Any:
+    return lambda options: ["-c", code.format(out=options.out)]
+
+
+def state_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / gpu_all.STATE).read_text())["steps"]
+    return found
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = (
+        Step("good", 1, "writes", python("open(r'{out}/good.json', 'w').write('1'); print('well')")),
+        Step("bad", 1, "fails", python("print('no luck'); raise SystemExit(3)")),
+        Step("long", 0.005, "hangs, with a child", python(HANGS)),
+        Step("more", 50, "takes an hour", python("open(r'{out}/more.json', 'w').write('1')")),
+    )
+    monkeypatch.setattr(gpu_all, "STEPS", made)
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_all.main(["--out", str(tmp_path), "--minutes", "5", "--patience", "4"]) == 1
+    found = state_of(tmp_path)
+    assert {name: one["status"] for name, one in found.items()} == {"good": "done", "bad": "failed", "long": "too long"}
+    assert found["good"]["results"] == ["good.json"]
+    assert found["bad"]["code"] == 3
+    assert 1 <= found["long"]["seconds"] < 20
+    assert (tmp_path / found["long"]["log"]).read_text() == "on\n"
+    said = capsys.readouterr().out
+    assert "no luck" in said
+    assert "more: takes 50 minutes" in said
+
+
+@pytest.mark.usefixtures("steps")
+def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["good", "bad", "--out", str(tmp_path)]
+    gpu_all.main(arguments)
+    first = state_of(tmp_path)
+    gpu_all.main(arguments)
+    second = state_of(tmp_path)
+    assert second["good"] == first["good"]
+    assert "good: done before" in capsys.readouterr().out
+    (tmp_path / "good.json").unlink()
+    assert gpu_all.main(["good", "--again", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "good.json").is_file()
+    assert set(state_of(tmp_path)) == {"good", "bad"}
+
+
+@pytest.mark.usefixtures("steps")
+def test_steps_are_listed_chosen_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_all.main(["--list", "--skip", "more"]) == 0
+    said = capsys.readouterr().out
+    assert "hangs" in said
+    assert "an hour" not in said
+    gpu_all.main(["good", "more", "--skip", "good", "--out", str(tmp_path)])
+    assert set(state_of(tmp_path)) == {"more"}
+    with pytest.raises(SystemExit, match="--out"):
+        gpu_all.main(["good"])
+    with pytest.raises(SystemExit):
+        gpu_all.main(["goood", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("step", STEPS, ids=[step.name for step in STEPS])
+def test_each_step_names_options_that_there_are(step: Step, tmp_path: Path) -> None:
+    options = argparse.Namespace(out=tmp_path, quick=False, commit="abc", fa3=tmp_path / "fa3.so")
+    kind, name, *rest = step.command(options)
+    assert step.minutes > 0
+    if kind == "-m" and name.startswith("benchmarks."):
+        module = importlib.import_module(name)
+        parsed = module.arguments().parse_args(rest)
+        assert parsed.out == tmp_path
+        assert parsed.commit == "abc"
+    elif kind == "-c":
+        compile(name, step.name, "exec")
+    else:
+        assert name == "pytest"
