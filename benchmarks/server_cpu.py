@@ -66,7 +66,10 @@ def arguments() -> argparse.ArgumentParser:
 def measure(options: argparse.Namespace) -> Record:
     use_threads(options.threads)
     folder, what = checkpoint(options.model)
-    record = Record("server-cpu", options)
+    parts = options.parts.split(",")
+    if not set(parts) <= set(PARTS):
+        raise SystemExit(f"--parts: of {', '.join(PARTS)}")
+    record = Record("server-cpu" if set(parts) == set(PARTS) else f"server-cpu-{'-'.join(parts)}", options)
     record.settings = {
         "model": what,
         "engine_threads": options.threads,
@@ -249,7 +252,7 @@ def many(record: Record, options: argparse.Namespace, server: Server, vocabulary
 
 def idle(record: Record, options: argparse.Namespace, server: Server) -> None:
     """Processor time of all the server's processes while nobody asks."""
-    time.sleep(min(2.0, options.idle_s))
+    time.sleep(min(3.0, options.idle_s))
     pids = server.processes()
     before, begin = cpu_s(pids), time.perf_counter()
     time.sleep(options.idle_s)
