@@ -39,6 +39,7 @@ def test_each_op_has_its_kernel() -> None:
         "moe",
         "linear",
         "feed",
+        "propose",
     }
     assert {op for op, _, _ in KERNELS} == set(REGISTRY)
 
