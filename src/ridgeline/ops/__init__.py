@@ -3,6 +3,7 @@
 Importing this package fills the registry. It must not know which kernel serves an op.
 """
 
+from ridgeline.ops.accept import accept
 from ridgeline.ops.attention import attention
 from ridgeline.ops.embed import embed
 from ridgeline.ops.feed import feed
@@ -23,6 +24,7 @@ __all__ = [
     "Op",
     "Ops",
     "Weight",
+    "accept",
     "adjust",
     "attention",
     "embed",

@@ -14,6 +14,7 @@ KERNELS = {
     "_choose_kernel", "_count_kernel", "_gate_up_kernel", "_down_kernel", "_long_kernel", "_split_kernel",
     "_merge_kernel", "_row_kernel", "_gated_row_kernel", "_feed_kernel", "_product_kernel",
     "_route_kernel", "_sum_kernel", "_few_kernel", "_few_of_few_kernel",
+    "_slots_kernel", "_accept_kernel",
 }  # fmt: skip
 
 

@@ -12,12 +12,15 @@ from triton_checks import plain_product
 
 from ridgeline.core.request import SamplingParams
 from ridgeline.core.step import Chunk, Sampling, StepPlan
-from ridgeline.kernels.select import Choice, Table, load_kernels
+from ridgeline.core.tree import ROOT, TokenTree
+from ridgeline.kernels.select import CLASSES_OF_WORK, Choice, Table, load_kernels
 from ridgeline.kernels.triton import attention as attention_kernels
 from ridgeline.kv.layout import KVLayout
 from ridgeline.kv.pages import Pages
 from ridgeline.models import build_model, parse_config
 from ridgeline.ops import REGISTRY, Ops
+from ridgeline.run.graphs import PassGraphs
+from ridgeline.run.places import PassSize
 from ridgeline.run.runner import Runner
 
 pytestmark = pytest.mark.interpret
@@ -113,9 +116,50 @@ def test_company_and_chunks_change_no_bit(config: dict[str, object], monkeypatch
         assert mine[1, :, :6].any()
 
 
+def verified(name: str, token: int, start: int, blocks: list[int], tree: TokenTree | None, heat: float) -> Chunk:
+    behind = [sampling(start + 1 + depth, heat) for depth in (() if tree is None else tree.depths)]
+    return Chunk(name, [token], start, blocks, sampling(start + 1, heat), tree=tree, behind=behind)
+
+
+@pytest.mark.parametrize("config", [LLAMA, MIXTURE, OPT], ids=["dense", "mixture", "opt"])
+def test_tree_steps_agree_with_the_references(config: dict[str, object]) -> None:
+    """Op by op, and padded to a fixed size as captured steps are: what is accepted, and where its keys lie then."""
+    spec = parse_config(config)
+    model = build_model(spec, torch.device("cpu"), torch.float32, 128)
+    model.store.fill_random(1)
+    triton, padded, theirs = (runner(model, ops) for ops in (Ops(chosen("call")), Ops(chosen("call")), Ops({})))
+    size = PassSize(12, 3)
+    padded.passes = PassGraphs(model, padded.pages, padded.table.ops("tree"), padded.device, BLOCK, [size], 3)
+    for one in (triton, padded, theirs):
+        one.run(StepPlan(0, STEPS[0]))
+    # What will be chosen, so that the trees hold it behind a node that will not be.
+    ahead = runner(model, Ops({}))
+    ahead.run(StepPlan(0, STEPS[0]))
+    right, start = [9], 20
+    for turn in range(3):
+        one = ahead.run(StepPlan(1 + turn, (Chunk("a", right[-1:], start + turn, [3, 1], sampling(21 + turn, 0.0)),)))
+        right.append(one.sampled["a"].token)
+    wrong = (right[1] + 1) % 100
+    tree = TokenTree((wrong, right[2], right[1], right[2], 99 - right[2] // 2), (ROOT, 0, ROOT, 2, 2))
+    step = StepPlan(
+        1, (verified("a", 9, 20, [3, 1], tree, 0.0), verified("b", 8, 7, [0], TokenTree.chain((5, 6)), 1.0))
+    )
+    found = [one.run(step) for one in (triton, padded, theirs)]
+    for result in found:
+        assert list(result.accepted["a"].nodes) == [2, 3]
+        assert [one.token for one in result.accepted["a"].tokens] == right[1:]
+        assert [one.token for one in result.accepted["b"].tokens] == [
+            one.token for one in found[-1].accepted["b"].tokens
+        ]
+    assert [result.padding for result in found] == [0, 12 - step.num_tokens, 0]
+    for one in (triton, padded):
+        for mine, reference in zip(one.pages.keys + one.pages.values, theirs.pages.keys + theirs.pages.values):
+            torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
+
+
 def runner(model: object, ops: Ops) -> Runner:
     spec = model.spec  # type: ignore[attr-defined]
     layout = KVLayout(spec.layers, spec.kv_heads, spec.head_dim, 4, BLOCK)
-    table = Table((Choice("all", "all", "as given", "asked for"),), dict.fromkeys(("decode", "prefill", "mixed"), ops))
+    table = Table((Choice("all", "all", "as given", "asked for"),), dict.fromkeys((*CLASSES_OF_WORK, "tree"), ops))
     device = torch.device("cpu")
     return Runner(model, Pages(layout, 6, device, torch.float32), table, device, BLOCK)  # type: ignore[arg-type]

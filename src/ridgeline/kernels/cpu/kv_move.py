@@ -41,6 +41,9 @@ def kv_move_cpu(pages: Sequence[torch.Tensor], source: torch.Tensor, target: tor
 
 @kv_compact.kernel("cpu", needs=cpu(), accepts=accepts, invariant=True)
 def kv_compact_cpu(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.Tensor) -> None:
+    if source.dim() > 1:
+        real = source >= 0
+        source, target = source[real], target[real]
     count = source.shape[0]
     if not pages or not count:
         return
