@@ -1,12 +1,16 @@
-"""Decode steps at a few fixed sizes, captured once as CUDA graphs and replayed.
+"""Decode steps, and passes over draft trees, at a few fixed sizes, captured once as CUDA graphs and replayed.
 
-Knows how a decode step runs on inputs at fixed places, and how to capture it. It must not know scheduling, nor
+Knows how a step runs on inputs at fixed places, and how to capture it. It must not know scheduling, nor
 which kernels serve. A step of n requests runs at the smallest size that holds them; the rows beyond are padding
 (run/places.py), a cost that the step's result names.
 
 A size has two graphs. The first goes from ids to final hidden states; the second from hidden states to chosen
 tokens. Rows whose token takes more than that (cuts of the distribution, penalties, forbidden tokens,
 log-probabilities) leave the second one out: their logits are computed as in any other step.
+
+Passes (PassGraphs) are of requests with one or a few new tokens and a tree each, or none. Their second graph either
+verifies (choose, walk, move what was accepted to where it belongs: all on the device) or drafts (the best few tokens
+behind every row).
 
 All sizes share one pool of memory for what lies between two kernels, since no two of them ever run at a time.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,12 +28,24 @@ from typing import Any
 import torch
 
 from ridgeline.core.errors import KernelRefused
-from ridgeline.core.step import Chunk, Spans
+from ridgeline.core.step import UNREAD, Chunk, Sampling, Spans
+from ridgeline.core.tree import MOST_NODES
 from ridgeline.kv.pages import Pages
 from ridgeline.models.batch import Batch
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
-from ridgeline.run.places import Fields, Staging, layout, on_device
+from ridgeline.ops.attention_call import WORD_BITS
+from ridgeline.run.places import (
+    Fields,
+    PassFields,
+    PassSize,
+    PassStaging,
+    Staging,
+    layout,
+    on_device,
+    pass_layout,
+    pass_on_device,
+)
 
 FINEST = 8
 """Sizes above 8 are multiples of this, and no further apart than a quarter of the power of two below them."""
@@ -45,6 +61,28 @@ def sizes_up_to(most: int) -> tuple[int, ...]:
         last = sizes[-1]
         sizes.append(min(last + (last if last < FINEST else max(FINEST, (1 << (last.bit_length() - 1)) // 4)), most))
     return tuple(sizes)
+
+
+ROWS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Of a pass, all requests together."""
+
+REQUESTS = (1, 8, 64, 256)
+"""Of a pass, at most. Those without rows cost a search in a few kernels, so there need not be many sizes."""
+
+
+def pass_sizes_up_to(most_requests: int, most_rows: int) -> tuple[PassSize, ...]:
+    """Sizes to capture for passes of at most so many requests, new tokens and nodes included in their rows.
+
+    Of each number of requests those that the one below does not serve: with a node at least, beside a token each.
+    """
+    most_requests, most_rows = min(most_requests, REQUESTS[-1]), min(most_rows, ROWS[-1])
+    rows = [one for one in ROWS if one < most_rows] + [most_rows]
+    requests = [one for one in REQUESTS if one < most_requests] + [most_requests]
+    found, below = [], 0
+    for count in requests:
+        found += [PassSize(one, count) for one in rows if one > below + 1]
+        below = count
+    return tuple(sorted(found))
 
 
 @dataclass(slots=True)
@@ -207,6 +245,209 @@ class DecodeGraphs:
         self.sampled[:rows].copy_(chosen)
 
 
+@dataclass(slots=True)
+class _Pass:
+    """One captured size of a pass; see _Size."""
+
+    size: PassSize
+    nodes: int
+    fields: PassFields
+    batch: Batch
+    staging: tuple[PassStaging, ...]
+    forward: torch.cuda.CUDAGraph | None = None
+    choice: torch.cuda.CUDAGraph | None = None
+
+
+@dataclass(slots=True)
+class Passed:
+    """A pass that has been launched, t rows long: how many more were padding, and on the device final hidden states
+    [t, D] and what the second graph made of them, unless some row takes more than its logits.
+
+    tokens: [t] chosen, if passes verify: what was accepted lies where it belongs by then. proposed, chances: [t,
+    children] tokens and probabilities, if they draft. They are overwritten by the next pass.
+    """
+
+    padding: int
+    hidden: torch.Tensor
+    tokens: torch.Tensor | None = None
+    proposed: torch.Tensor | None = None
+    chances: torch.Tensor | None = None
+
+
+class PassGraphs:
+    """Passes of a model over a few new tokens and the tree of each request, at fixed sizes.
+
+    sizes: in any order. width: blocks of a request's table, enough for its longest sequence. children: how many
+    tokens a draft model proposes behind each row; None for a target, which verifies.
+    Until `capture` is called, and on devices without graphs, the same passes run op by op.
+    """
+
+    TURNS = DecodeGraphs.TURNS
+
+    def __init__(
+        self,
+        model: Decoder,
+        pages: Pages,
+        ops: Ops,
+        device: torch.device,
+        block_size: int,
+        sizes: Sequence[PassSize],
+        width: int,
+        children: int | None = None,
+    ) -> None:
+        self.model, self.pages, self.ops, self.device = model, pages, ops, device
+        self.children = None if children is None else min(children, model.spec.vocabulary)
+        windows = [window for window in model.spec.windows if window is not None]
+        # A window must hold a tree's whole mask: ops/attention_call.py.
+        self.most_nodes = min([MOST_NODES, *(window // WORD_BITS * WORD_BITS for window in windows)])
+        self.sizes = tuple(sorted(sizes)) if self.most_nodes else ()
+        rows = max((one.rows for one in self.sizes), default=1)
+        total = max((pass_layout(one, one.words(self.most_nodes), width)[1] for one in self.sizes), default=0)
+        pinned = device.type == "cuda"
+        self._memory = torch.zeros(total, dtype=torch.uint8, device=device)
+        self._host = [torch.zeros(total, dtype=torch.uint8, pin_memory=pinned) for _ in range(self.TURNS)]
+        self._sent: list[torch.cuda.Event | None] = [None] * self.TURNS
+        self._writer: list[PassSize | None] = [None] * self.TURNS
+        self._turn = 0
+        self.hidden = torch.zeros(rows, model.spec.hidden, dtype=model.store.dtype, device=device)
+        self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.proposed = torch.zeros(rows, self.children or 1, dtype=torch.int64, device=device)
+        self.chances = torch.zeros(rows, self.children or 1, dtype=torch.float32, device=device)
+        self._zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._floats = torch.zeros(rows, dtype=torch.float32, device=device)
+        self._passes = {one: self._placed(one, width, block_size) for one in self.sizes}
+
+    def _placed(self, size: PassSize, width: int, block_size: int) -> _Pass:
+        nodes, words = size.nodes(self.most_nodes), size.words(self.most_nodes)
+        fields = pass_on_device(self._memory, size, words, width)
+        none = (0,) * size.requests
+        batch = Batch(
+            # The host's view is for checks alone: all rows and the longest tree as the first request's.
+            spans=Spans((size.rows, *none), (width * block_size, *none), ((1,) * nodes, *((),) * size.requests)),
+            kind="tree",
+            ids=fields.ids,
+            positions=fields.positions,
+            slots=fields.slots,
+            block_tables=fields.tables,
+            query_starts=fields.starts,
+            lengths=fields.lengths,
+            rows=None,
+            tree=fields.tree,
+            tails=fields.tails,
+        )
+        staging = tuple(PassStaging(host, size, words, width, block_size) for host in self._host)
+        return _Pass(size, nodes, fields, batch, staging)
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture all sizes, the largest first; see DecodeGraphs.capture."""
+        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(stream), _no_garbage_collection():
+            for number, size in enumerate(reversed(self.sizes)):
+                one = self._passes[size]
+                staging = one.staging[0]
+                staging.forget()
+                self._memory[: staging.nbytes].copy_(self._host[0][: staging.nbytes])
+                self._forward(one)
+                self._choose(one)
+                stream.synchronize()
+                one.forward = _captured(partial(self._forward, one), pool)
+                one.choice = _captured(partial(self._choose, one), pool)
+                if progress is not None:
+                    progress(number + 1, len(self.sizes))
+        self._writer[0] = None
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+
+    def release(self) -> None:
+        """Give the graphs and their memory back."""
+        for one in self._passes.values():
+            one.forward = one.choice = None
+
+    def size_for(self, chunks: Sequence[Chunk]) -> PassSize | None:
+        """The smallest size that holds these, fewest rows first; None if there is none."""
+        rows, requests = sum(chunk.new for chunk in chunks), len(chunks)
+        nodes = max((0 if chunk.tree is None else len(chunk.tree) for chunk in chunks), default=0)
+        for size in self.sizes[bisect_left(self.sizes, PassSize(rows, requests)) :]:
+            if size.requests >= requests and self._passes[size].nodes >= nodes:
+                return size
+        return None
+
+    def serves(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a step is one of verification that fits: a known token and perhaps a tree each, whose rows are all
+        chosen, no scores of prompts."""
+        return self.size_for(chunks) is not None and all(
+            len(chunk.token_ids) == 1
+            and chunk.token_ids[0] != UNREAD
+            and chunk.sampling is not None
+            and chunk.prompt_logprobs is None
+            for chunk in chunks
+        )
+
+    @torch.inference_mode()
+    def launch(self, chunks: Sequence[Chunk], settings: Iterable[tuple[int, Sampling]]) -> Passed:
+        """Start a pass for which there is a size: the rows of chunk after chunk, its tokens and then its nodes.
+
+        settings: (row, how the token behind it is chosen), of the rows for which that matters.
+        """
+        size = self.size_for(chunks)
+        assert size is not None, "no size holds this pass"
+        one, count = self._passes[size], sum(chunk.new for chunk in chunks)
+        turn = self._turn = (self._turn + 1) % self.TURNS
+        sent = self._sent[turn]
+        if sent is not None:
+            sent.synchronize()
+        staging = one.staging[turn]
+        if self._writer[turn] != size:
+            self._writer[turn] = size
+            staging.forget()
+        plain = staging.fill(chunks, settings, drafts=self.children is not None)
+        host, nbytes = self._host[turn], staging.nbytes
+        self._memory[:nbytes].copy_(host[:nbytes], non_blocking=True)
+        if self.device.type == "cuda":
+            sent = self._sent[turn] = sent or torch.cuda.Event()
+            sent.record(torch.cuda.current_stream(self.device))
+        if one.forward is None:
+            self._forward(one)
+        else:
+            one.forward.replay()
+        passed = Passed(size.rows - count, self.hidden[:count])
+        if plain:
+            if one.choice is None:
+                self._choose(one)
+            else:
+                one.choice.replay()
+            if self.children is None:
+                passed.tokens = self.sampled[:count]
+            else:
+                passed.proposed, passed.chances = self.proposed[:count], self.chances[:count]
+        return passed
+
+    def _forward(self, one: _Pass) -> None:
+        """Ids to `self.hidden`."""
+        hidden = self.model.forward(one.batch, self.pages.keys, self.pages.values, self.ops)
+        self.hidden[: one.size.rows].copy_(hidden)
+
+    def _choose(self, one: _Pass) -> None:
+        """`self.hidden` to `self.sampled`, and accepted slots to their places; or to `self.proposed`."""
+        rows, fields, ops = one.size.rows, one.fields, self.ops
+        logits = self.model.logits(self.hidden[:rows], ops)
+        if self.children is not None:
+            proposed, chances = ops.propose(logits, fields.temperature, fields.seeds, fields.next, False, self.children)
+            self.proposed[:rows].copy_(proposed)
+            self.chances[:rows].copy_(chances)
+            return
+        zeros, floats = self._zeros[:rows], self._floats[:rows]
+        chosen = ops.sample(logits, fields.temperature, zeros, floats, floats, fields.seeds, fields.next, False, False)
+        self.sampled[:rows].copy_(chosen)
+        source, target = ops.accept(
+            chosen, fields.ids, fields.parents, fields.positions, fields.slots, fields.tree, fields.starts,
+            fields.tails, one.nodes,
+        )  # fmt: skip
+        ops.kv_compact([*self.pages.keys, *self.pages.values], source, target)
+
+
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Memory that the collector frees in the middle of a capture would break it."""
@@ -236,6 +477,6 @@ def _captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
         raise
     except RuntimeError as error:
         raise KernelRefused(
-            f"a decode step cannot be captured as a CUDA graph; enforce_eager=True runs it op by op ({error})"
+            f"a step cannot be captured as a CUDA graph; enforce_eager=True runs it op by op ({error})"
         ) from error
     return graph

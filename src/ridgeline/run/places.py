@@ -1,15 +1,16 @@
-"""A decode step's inputs at addresses that never change, filled by one copy a step.
+"""A step's inputs at addresses that never change, filled by one copy a step.
 
 Knows plans, and how a step of R rows lies in one stretch of memory: the same on the host, where it is written,
 and on the device, where captured steps read it. It must not know models or graphs.
 
-A row is one request with one new token. Rows that nobody has are padding: token 0 of a request of length 0,
-whose keys and values are written nowhere, so that whatever is computed for them is harmless.
+In a decode step a row is one request with one new token. Rows that nobody has are padding: token 0 of a request of
+length 0, whose keys and values are written nowhere, so that whatever is computed for them is harmless. A pass of
+ragged requests (tree verification, drafting) has all its padding rows in one request more, of length 0 too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from ridgeline.core.step import UNREAD, Chunk, Sampling
+from ridgeline.ops.attention_call import WORD_BITS
 from ridgeline.run.prepare import adjusts, cuts
 
 ALIGNED = 16
@@ -43,15 +45,25 @@ class Fields:
     tables: Any
 
 
-def layout(rows: int, width: int) -> tuple[list[tuple[str, str, int, int, tuple[int, ...]]], int]:
-    """(name, dtype, first byte, end, shape) of each field, and the bytes of all."""
-    shapes: list[tuple[str, str, tuple[int, ...]]] = [
-        *((name, "int64", (rows,)) for name in ("ids", "sources", "positions", "slots", "seeds", "next")),
-        ("temperature", "float32", (rows,)),
-        ("lengths", "int32", (rows,)),
-        ("tables", "int32", (rows, width)),
-    ]
-    found, end = [], 0
+Layout = list[tuple[str, str, int, int, tuple[int, ...]]]
+"""(name, dtype, first byte, end, shape) of each field."""
+
+
+def layout(rows: int, width: int) -> tuple[Layout, int]:
+    """Where the fields of a decode step lie, and the bytes of all."""
+    return _placed(
+        [
+            *((name, "int64", (rows,)) for name in ("ids", "sources", "positions", "slots", "seeds", "next")),
+            ("temperature", "float32", (rows,)),
+            ("lengths", "int32", (rows,)),
+            ("tables", "int32", (rows, width)),
+        ]
+    )
+
+
+def _placed(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[Layout, int]:
+    found: Layout = []
+    end = 0
     for name, dtype, shape in shapes:
         start = -(-end // ALIGNED) * ALIGNED
         end = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -61,10 +73,18 @@ def layout(rows: int, width: int) -> tuple[list[tuple[str, str, int, int, tuple[
 
 def on_device(memory: torch.Tensor, rows: int, width: int) -> Fields:
     """Views of a stretch of bytes (uint8) on a device."""
-    fields, _ = layout(rows, width)
-    return Fields(
-        **{name: memory[start:end].view(getattr(torch, dtype)).view(shape) for name, dtype, start, end, shape in fields}
-    )
+    return Fields(**_tensors(memory, layout(rows, width)[0]))
+
+
+def _tensors(memory: torch.Tensor, fields: Layout) -> dict[str, torch.Tensor]:
+    return {
+        name: memory[start:end].view(getattr(torch, dtype)).view(shape) for name, dtype, start, end, shape in fields
+    }
+
+
+def _arrays(memory: torch.Tensor, fields: Layout) -> dict[str, np.ndarray]:
+    array = memory.numpy()
+    return {name: array[start:end].view(np.dtype(dtype)).reshape(shape) for name, dtype, start, end, shape in fields}
 
 
 class Staging:
@@ -76,11 +96,8 @@ class Staging:
 
     def __init__(self, memory: torch.Tensor, rows: int, width: int, block_size: int) -> None:
         fields, self.nbytes = layout(rows, width)
-        array = memory.numpy()
         self.rows, self.block_size = rows, block_size
-        self.fields = Fields(
-            **{name: array[start:end].view(np.dtype(dtype)).reshape(shape) for name, dtype, start, end, shape in fields}
-        )
+        self.fields = Fields(**_arrays(memory, fields))
         self.forget()
 
     def forget(self) -> None:
@@ -143,6 +160,140 @@ class Staging:
             fields.temperature[gone] = 0
             self._blocks[gone] = [None] * (self._count - count)
         self._count = count
+        return plain
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PassSize:
+    """A size of passes over ragged requests. rows: new tokens and nodes of all requests; requests: at most."""
+
+    rows: int
+    requests: int
+
+    def nodes(self, most: int) -> int:
+        """Nodes that a request's tree may have, `most` at the most."""
+        return min(self.rows - 1, most)
+
+    def words(self, most: int) -> int:
+        """Of a row's ancestor bits."""
+        return max(1, -(-self.nodes(most) // WORD_BITS))
+
+
+@dataclass(slots=True)
+class PassFields:
+    """The inputs of a pass of T rows of B requests, of which the last is padding, in one stretch of memory.
+
+    ids, positions, slots, parents (row that a node follows, or -1), seeds, next (position of the token to be chosen):
+    [T] int64; temperature: [T] fp32; starts: [B + 1] int32; lengths, tails: [B] int32; tree: [T, words] int32;
+    tables: [B, width] int32.
+    """
+
+    ids: Any
+    positions: Any
+    slots: Any
+    parents: Any
+    seeds: Any
+    next: Any
+    temperature: Any
+    starts: Any
+    lengths: Any
+    tails: Any
+    tree: Any
+    tables: Any
+
+
+def pass_layout(size: PassSize, words: int, width: int) -> tuple[Layout, int]:
+    """Where the fields of a pass lie, and the bytes of all. The padding request is one more than the size says."""
+    requests = size.requests + 1
+    return _placed(
+        [
+            *((name, "int64", (size.rows,)) for name in ("ids", "positions", "slots", "parents", "seeds", "next")),
+            ("temperature", "float32", (size.rows,)),
+            ("starts", "int32", (requests + 1,)),
+            ("lengths", "int32", (requests,)),
+            ("tails", "int32", (requests,)),
+            ("tree", "int32", (size.rows, words)),
+            ("tables", "int32", (requests, width)),
+        ]
+    )
+
+
+def pass_on_device(memory: torch.Tensor, size: PassSize, words: int, width: int) -> PassFields:
+    """Views of a stretch of bytes (uint8) on a device."""
+    return PassFields(**_tensors(memory, pass_layout(size, words, width)[0]))
+
+
+class PassStaging:
+    """The host's side of the inputs of passes of one size. Block tables that were written stay written.
+
+    memory: as in Staging, shared with other sizes in the same way.
+    """
+
+    def __init__(self, memory: torch.Tensor, size: PassSize, words: int, width: int, block_size: int) -> None:
+        fields, self.nbytes = pass_layout(size, words, width)
+        self.size, self.words, self.block_size = size, words, block_size
+        self.fields = PassFields(**_arrays(memory, fields))
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing that was written is relied on any more: every row is padding."""
+        self.fields.tables.fill(0)
+        self._blocks: list[Sequence[int] | None] = [None] * self.size.requests
+        self._written = [0] * self.size.requests
+        self.clear(0, 0)
+
+    def clear(self, rows: int, requests: int) -> None:
+        """Rows and requests from these on are padding."""
+        fields = self.fields
+        for one in (fields.ids, fields.positions, fields.seeds, fields.next, fields.temperature, fields.tree):
+            one[rows:] = 0
+        fields.slots[rows:] = fields.parents[rows:] = -1
+        fields.lengths[requests:] = fields.tails[requests:] = 0
+        fields.starts[requests:] = rows  # what nobody has is the last request's
+        fields.starts[-1] = self.size.rows
+
+    def fill(self, chunks: Sequence[Chunk], settings: Iterable[tuple[int, Sampling]], drafts: bool = False) -> bool:
+        """Write chunks one after the other, and how the tokens behind some rows are chosen: (row, how).
+
+        True if each of those can be chosen from its logits as they are; of drafts, whose cuts are the target's
+        business, if those are not adjusted.
+        """
+        fields, block_size = self.fields, self.block_size
+        first = 0
+        for request, chunk in enumerate(chunks):
+            tokens, start, blocks, tree = chunk.token_ids, chunk.start, chunk.blocks, chunk.tree
+            known, last = first + len(tokens), first + chunk.new
+            fields.ids[first:known] = tokens
+            fields.positions[first:known] = range(start, start + len(tokens))
+            fields.parents[first:last] = -1
+            fields.tree[first:last] = 0
+            if tree is not None and len(tree):
+                fields.ids[known:last] = tree.tokens
+                fields.positions[known:last] = tree.positions(start + len(tokens) - 1)
+                fields.parents[known:last] = [known + parent for parent in tree.parents]
+                fields.tree[known:last] = [tree.words(node, self.words) for node in range(len(tree))]
+            fields.tails[request] = last - known
+            fields.lengths[request] = chunk.visible
+            fields.starts[request] = first
+            used = -(-chunk.visible // block_size)
+            if self._blocks[request] is not blocks:
+                self._blocks[request], self._written[request] = blocks, 0
+            written = self._written[request]
+            if written < used:
+                fields.tables[request, written:used] = blocks[written:used]
+                self._written[request] = used
+            places = np.arange(start, chunk.visible)
+            table = fields.tables[request].astype(np.int64)
+            fields.slots[first:last] = table[places // block_size] * block_size + places % block_size
+            first = last
+        self.clear(first, len(chunks))
+        fields.seeds[:first] = fields.next[:first] = 0
+        fields.temperature[:first] = 0
+        plain = True
+        for row, sampling in settings:
+            fields.seeds[row], fields.next[row] = sampling.seed, sampling.position
+            fields.temperature[row] = sampling.params.temperature
+            plain = plain and not (adjusts(sampling) if drafts else needs_more(sampling))
         return plain
 
 

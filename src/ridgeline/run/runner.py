@@ -23,7 +23,7 @@ from ridgeline.kernels.select import Table
 from ridgeline.kv.pages import Pages
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
-from ridgeline.run.graphs import DecodeGraphs
+from ridgeline.run.graphs import DecodeGraphs, PassGraphs
 from ridgeline.run.prepare import Prepared, SampleInputs, prepare, sample_inputs, send
 
 SCORED_ROWS = 256
@@ -39,9 +39,10 @@ class Step:
     """A step under way. Tensors are on the host, or on their way there until `done`.
 
     names: requests that get a token, rows: theirs in `tokens` (None: 0, 1, ...). trees: parallel to names, if any
-    request verifies one; it has as many rows more, and paths holds the nodes that were accepted. asked: by row,
-    how many alternatives are wanted, None for no log-probabilities. scored: (request, prompt tokens,
-    alternatives), one after the other in `prompt_parts`, each of which is the targets of a slice and their scores.
+    request verifies one; it has as many rows more. paths: the nodes that were accepted, of requests whose trees the
+    device has not walked by itself. asked: by row, how many alternatives are wanted, None for no log-probabilities.
+    scored: (request, prompt tokens, alternatives), one after the other in `prompt_parts`, each of which is the targets
+    of a slice and their scores.
     """
 
     vocabulary: int
@@ -96,7 +97,8 @@ class Step:
                 result.sampled[name] = scores[row]
                 row += 1
                 continue
-            nodes = self.paths[name]
+            walked = self.paths.get(name)
+            nodes = tree.walk(tokens[row : row + 1 + len(tree)]) if walked is None else walked
             result.accepted[name] = Accepted(nodes, [scores[row], *(scores[row + 1 + node] for node in nodes)])
             row += 1 + len(tree)
 
@@ -129,7 +131,7 @@ class Step:
 class Runner:
     """A model on a device with its KV pages and its table of kernels.
 
-    graphs: serve the decode steps that they can; None: every step runs op by op.
+    graphs: serve the decode steps that they can, passes the steps with trees; None: these run op by op.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Runner:
         device: torch.device,
         block_size: int,
         graphs: DecodeGraphs | None = None,
+        passes: PassGraphs | None = None,
     ) -> None:
         self.model = model
         self.pages = pages
@@ -147,6 +150,7 @@ class Runner:
         self.device = device
         self.block_size = block_size
         self.graphs = graphs
+        self.passes = passes
         self._tokens = torch.zeros(1, dtype=torch.int64, device=device)  # of the last step, row by row
         self._places: dict[str, int] = {}  # whose row is which
 
@@ -167,6 +171,8 @@ class Runner:
             (ops or self.table.ops(plan.kind)).kv_move([*self.pages.keys, *self.pages.values], source, target)
         if ops is None and self.graphs is not None and self.graphs.serves(plan.chunks):
             self._replay(plan, step, self.graphs)
+        elif ops is None and self.passes is not None and plan.kind == "tree" and self.passes.serves(plan.chunks):
+            self._replay_trees(plan, step, self.passes)
         else:
             self._compute(plan, step, ops or self.table.ops(plan.kind))
         if step.began is not None:
@@ -182,6 +188,9 @@ class Runner:
         if self.graphs is not None:
             self.graphs.release()
             self.graphs = None
+        if self.passes is not None:
+            self.passes.release()
+            self.passes = None
 
     def _compute(self, plan: StepPlan, step: Step, ops: Ops) -> None:
         """Any step, op by op."""
@@ -249,6 +258,22 @@ class Runner:
         step.asked = [one.params.logprobs for one in settings]
         inputs = sample_inputs(settings, self.device)
         self._keep(self._choose(step, hidden, inputs, self.table.ops("decode")), step.names)
+
+    def _replay_trees(self, plan: StepPlan, step: Step, passes: PassGraphs) -> None:
+        """A step of verification at a captured size."""
+        chunks = plan.chunks
+        settings = [one for chunk in chunks if chunk.sampling is not None for one in (chunk.sampling, *chunk.behind)]
+        launched = passes.launch(chunks, enumerate(settings))
+        step.padding = launched.padding
+        step.names, step.trees = [chunk.request_id for chunk in chunks], [chunk.tree for chunk in chunks]
+        self._places = {}  # tokens of trees are read before anything follows them
+        if launched.tokens is not None:
+            step.tokens = _to_host(launched.tokens, reused=True)
+            return
+        ops = self.table.ops("tree")
+        step.asked = [one.params.logprobs for one in settings]
+        chosen = self._choose(step, launched.hidden, sample_inputs(settings, self.device), ops)
+        self._verify(chunks, chosen, step, ops)
 
     def _keep(self, chosen: torch.Tensor, names: Sequence[str]) -> None:
         """The next step finds its tokens here, captured ones at their own fixed place."""
