@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ridgeline.core.errors import KernelRefused
 from ridgeline.kernels.triton.dependent import dependent, ready, starting
 from ridgeline.ops.kv_move import kv_compact
 from ridgeline.ops.op import cuda
@@ -71,12 +72,14 @@ def _accepts(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.
 
 @lru_cache(maxsize=64)
 def _addresses(device: torch.device, places: tuple[int, ...]) -> torch.Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise KernelRefused("kv_compact must have run once with these pages before it is captured in a CUDA graph")
     return torch.tensor(places, dtype=torch.int64, device=device)
 
 
 @kv_compact.kernel("triton", needs=cuda(80), accepts=_accepts, invariant=True)
 def kv_compact_triton(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.Tensor) -> None:
-    """Before it is captured it must have run once with the same pages, which leaves the table of addresses."""
+    """Before it is captured it must have run once with the same pages, which leaves their table of addresses."""
     if not pages or not source.numel():
         return
     source, target = source.contiguous(), target.contiguous()
