@@ -6,7 +6,7 @@ made once: a captured graph finds the addresses there.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -70,8 +70,9 @@ def _accepts(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.
     return "takes neighbouring numbers in a slot's heads" if pages[0].stride(3) != 1 else None
 
 
-@lru_cache(maxsize=64)
+@cache
 def _addresses(device: torch.device, places: tuple[int, ...]) -> torch.Tensor:
+    """A table is never forgotten: captured graphs read it."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise KernelRefused("kv_compact must have run once with these pages before it is captured in a CUDA graph")
     return torch.tensor(places, dtype=torch.int64, device=device)
