@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ridgeline.core.request import Request
 from ridgeline.core.speculation import Speculation
-from ridgeline.core.step import Spans, StepPlan, StepResult
+from ridgeline.core.step import Accepted, Spans, StepPlan, StepResult
 from ridgeline.core.tree import MOST_NODES, ROOT, Sketch, TokenTree, merged
 from ridgeline.speculate.acceptance import Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
@@ -43,6 +43,29 @@ class _Drafted:
     ranks: list[int]
     chances: list[float]
     sources: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A verified tree, for whoever explains: what was drafted for a request, by whom, and what came of it.
+
+    ranks, chances, sources: of each node, its rank among its siblings when it was proposed, its drafter's
+    probability, and the drafter's number. accepted: nodes of the path, top down; tokens: what they and the target
+    chose, one more than accepted. sizes: what the sizer chose for the step, with its reasons. draft_s, step_s:
+    seconds of drafting and of the step, for all its requests together; requests: how many had a tree.
+    """
+
+    request_id: str
+    tree: TokenTree
+    ranks: Sequence[int]
+    chances: Sequence[float]
+    sources: Sequence[int]
+    accepted: Sequence[int]
+    tokens: Sequence[int]
+    sizes: Sizes
+    draft_s: float
+    step_s: float
+    requests: int
 
 
 @dataclass(slots=True)
@@ -82,6 +105,8 @@ class Speculator:
         self.sizes: Sizes | None = None
         """What the sizer chose last, with its reasons."""
         self.tally = Tally()
+        self.listeners: list[Callable[[Round], None]] = []
+        """Each hears of every verified tree."""
         self._clock = clock
         self._drafted: dict[str, _Drafted] = {}
         self._indices: dict[str, SuffixIndex] = {}
@@ -261,6 +286,26 @@ class Speculator:
                 count = self.tally.by_source.setdefault(source, [0, 0])
                 count[0] += 1
                 count[1] += node in nodes
+            if self.listeners:
+                self._tell(request_id, drafted, accepted, step_s)
+
+    def _tell(self, request_id: str, drafted: _Drafted, accepted: Accepted, step_s: float) -> None:
+        assert self.sizes is not None
+        told = Round(
+            request_id,
+            drafted.tree,
+            drafted.ranks,
+            drafted.chances,
+            drafted.sources,
+            accepted.nodes,
+            [one.token for one in accepted.tokens],
+            self.sizes,
+            self.last_draft_s,
+            step_s,
+            len(self._drafted),
+        )
+        for listener in self.listeners:
+            listener(told)
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
