@@ -39,6 +39,10 @@ class Seconds:
         share = (rows - low) / (high - low)
         return values[place - 1] * (1 - share) + values[place] * share
 
+    def copy(self) -> Seconds:
+        """The same function, which learns by itself from here on."""
+        return Seconds(self._points)
+
     def learn(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long: the two points around it move."""
         expected = self(rows)

@@ -1,4 +1,4 @@
-"""Pictures of what the studies say: rooflines, step bars, memory, batches, load, predictions.
+"""Pictures of what the studies say: rooflines, step bars, memory, batches, load, speculation, predictions.
 
 Knows the studies' results and matplotlib, which is imported only when a picture is drawn. It must not measure nor
 price anything: what is not in a result is not in its picture. Files are PNG or SVG, by their suffix.
@@ -726,6 +726,44 @@ def distributions(runs: Sequence[tuple[str, Sequence[Served]]], objectives: Mapp
     if len(runs) > 1:
         _legend(figure, {one: Line2D([], [], color=c, linewidth=1.5) for (one, _), c in zip(runs, LINE_COLOURS * 2)})
     _title(figure, title)
+    return figure
+
+
+# Speculation
+
+
+def speculation(
+    speedups: Mapping[str, Mapping[int, tuple[float, float, float]]],
+    reached: Mapping[str, Sequence[float]],
+    title: str,
+) -> Any:
+    """Left: speed over that of no speculation against the batch. Right: the share of trees whose accepted path is at
+    least so deep; what lies under a line are the tokens that a step brings beyond its one.
+
+    speedups: by arm and batch, (median, low, high). reached: by arm, from depth 1 on.
+    """
+    from matplotlib.lines import Line2D
+
+    figure, (left, right) = _figure(4.4, 1, 2)
+    names = [*speedups, *(name for name in reached if name not in speedups)]
+    colours = dict(zip(names, LINE_COLOURS * (1 + len(names) // len(LINE_COLOURS))))
+    for name, curve in speedups.items():
+        batches = sorted(curve)
+        middle, low, high = zip(*(curve[batch] for batch in batches))
+        left.plot(batches, middle, color=colours[name], marker="o", markersize=4, linewidth=1.4)
+        left.fill_between(batches, low, high, color=colours[name], alpha=0.12, linewidth=0)
+    left.axhline(1.0, color=FAINT, linewidth=1, linestyle=DASHED, zorder=1)
+    left.set_xscale("log", base=2)
+    _words(left, "Speed over that of no speculation", "requests decoding", "times")
+    for name, shares in reached.items():
+        depths = range(1, len(shares) + 1)
+        right.plot(depths, shares, color=colours[name], marker="o", markersize=4, linewidth=1.4)
+        _note(right, f"{1 + sum(shares):.2f} tokens a step", (1, shares[0]), (6, 2), color=colours[name])
+    right.set_ylim(0, 1)
+    _words(right, "Trees whose accepted path is at least so deep", "depth", "share")
+    left.xaxis.set_major_formatter("{x:g}")
+    _title(figure, title)
+    _legend(figure, {name: Line2D([], [], color=colours[name], marker="o", markersize=4) for name in names}, columns=6)
     return figure
 
 
