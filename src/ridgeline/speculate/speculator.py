@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ridgeline.core.request import Request
 from ridgeline.core.speculation import Speculation
-from ridgeline.core.step import Accepted, Spans, StepPlan, StepResult
+from ridgeline.core.step import Accepted, StepPlan, StepResult
 from ridgeline.core.tree import MOST_NODES, ROOT, Sketch, TokenTree, merged
 from ridgeline.speculate.acceptance import Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
@@ -31,6 +31,15 @@ WIDTH = 4
 
 PROBE_STEPS = 128
 """Without trees nothing is learned, so every so many steps a small one is tried."""
+
+KEPT_STEPS = 16
+"""A choice of sizes holds so long, while the same requests go on: chances and prices change slowly."""
+
+SLACK = 2
+"""Times the nodes of an average tree that one may have whose tokens are surer."""
+
+FIXED_SHARE = 0.05
+"""How much of a new reading goes into what drafting takes beside its passes."""
 
 NGRAM_DEPTH = 10
 
@@ -111,6 +120,10 @@ class Speculator:
         self._drafted: dict[str, _Drafted] = {}
         self._indices: dict[str, SuffixIndex] = {}
         self._without = 0
+        self._chosen: tuple[tuple[int, list[Want]], Sizes] | None = None
+        self._keep_steps = 0
+        self._fixed_s = 0.0  # of drafting for one request, beside the passes
+        self._passes_s = 0.0  # of the last draft, at their prices
         self.last_draft_s = 0.0
         """What drafting for the last step took."""
 
@@ -127,6 +140,8 @@ class Speculator:
         """
         began = self._clock()
         self._drafted = {}
+        self._passes_s = 0.0
+        growing: list[tuple[Request, int, int]] = []
         candidates = [
             (request, deepest(request))
             for request, new in chosen
@@ -134,25 +149,32 @@ class Speculator:
         ]
         candidates = [(request, depth) for request, depth in candidates if depth > 0]
         if candidates:
-            sizes = self._sizes([Want(len(r.tokens), d, MOST_NODES) for r, d in candidates], chosen)
+            known = sum(new for _, new in chosen)
+            sizes = self._sizes([Want(min(depth, DEEPEST), MOST_NODES) for _, depth in candidates], known)
             self.sizes = sizes
             if sizes.depth:
                 self._without = 0
-                growing = []
                 left = self.most_rows - len(chosen)
+                shaped = self.sized and bool(self.models)  # by each context's own chances, once they are known
+                slack = SLACK if shaped and SLACK * (sum(sizes.nodes) + len(candidates)) <= left else 1
                 for (request, depth), nodes in zip(candidates, sizes.nodes):
-                    granted = room(request, min(nodes, left)) if min(nodes, left) > 0 else 0
+                    nodes = min(slack * (nodes + (slack > 1)), left)
+                    granted = room(request, nodes) if nodes > 0 else 0
                     if granted:
-                        growing.append((request, min(depth, sizes.depth), granted))
+                        growing.append((request, min(depth, DEEPEST if shaped else sizes.depth), granted))
                         left -= granted
-                self._grow(growing, table, sizes)
+                self._grow(growing, table, sizes, known)
             else:
                 self._without += 1
         self.last_draft_s = self._clock() - began
+        if growing and self.models:
+            beside_s = (self.last_draft_s - self._passes_s) / len(growing)
+            self._fixed_s += FIXED_SHARE * (max(beside_s, 0.0) - self._fixed_s)
         self.tally.draft_s += self.last_draft_s
         return {request_id: drafted.tree for request_id, drafted in self._drafted.items()}
 
-    def _sizes(self, wants: list[Want], chosen: Sequence[tuple[Request, int]]) -> Sizes:
+    def _sizes(self, wants: list[Want], known: int) -> Sizes:
+        """known: tokens that the step computes beside drafts."""
         asked = self.speculation
         if not self.sized:
             depth = len(asked.widths) or (asked.nodes or 1)
@@ -160,25 +182,38 @@ class Speculator:
             if asked.method == "tree" and not asked.widths:
                 depth = min(depth, DEEPEST)
             return Sizes(depth, (nodes,) * len(wants), 0.0, 0.0, 0.0, 0.0)
-        others = sum(new for _, new in chosen) - len(wants)
-        beside = Spans((others,), (others,)) if others else Spans((), ())
-        width = WIDTH if asked.method == "tree" else 1
-
-        def target(spans: Spans) -> float:
-            return self.seconds(sum(spans.new))
-
-        def draft(requests: int, depth: int) -> float:
-            return 0.0 if not self.models else depth * self.draft_seconds(requests)
-
-        sizes = choose_sizes(wants, beside, self.acceptance.by_depth, target, draft, width, DEEPEST)
+        load = (known, wants)
+        if self._chosen is None or self._keep_steps <= 0 or self._chosen[0] != load:
+            self._chosen = load, self._choice(wants, known)
+            self._keep_steps = KEPT_STEPS
+        self._keep_steps -= 1
+        sizes = self._chosen[1]
         if sizes.depth == 0 and self._without >= PROBE_STEPS:
+            self._keep_steps = 0
             return Sizes(1, (1,) * len(wants), sizes.tokens_per_s, sizes.plain_per_s, 0.0, 0.0)
         return sizes
+
+    def _choice(self, wants: list[Want], known: int) -> Sizes:
+        level_s = self.draft_seconds(len(wants)) if self.models else 0.0
+        fixed_s = self._fixed_s * len(wants)
+        width = WIDTH if self.speculation.method == "tree" else 1
+
+        def target(nodes: int) -> float:
+            return self.seconds(known + nodes)
+
+        def draft(depth: int) -> float:
+            return fixed_s + depth * level_s
+
+        return choose_sizes(wants, self.acceptance.by_depth, target, draft, width, DEEPEST)
 
     # Growing trees
 
     def _grow(
-        self, growing: Sequence[tuple[Request, int, int]], table: Callable[[str], Sequence[int]], sizes: Sizes
+        self,
+        growing: Sequence[tuple[Request, int, int]],
+        table: Callable[[str], Sequence[int]],
+        sizes: Sizes,
+        known: int,
     ) -> None:
         if not growing:
             return
@@ -191,7 +226,7 @@ class Speculator:
         several: list[list[_Drafted]] = [[] for _ in growing]
         for source, model in enumerate(self.models):
             share = [(request, depth, max(1, nodes // len(self.models))) for request, depth, nodes in growing]
-            for place, drafted in enumerate(self._by_model(model, source, share, table, sizes)):
+            for place, drafted in enumerate(self._by_model(model, source, share, table, sizes, known)):
                 if drafted is not None:
                     several[place].append(drafted)
         for (request, _, nodes), drafts in zip(growing, several):
@@ -207,6 +242,7 @@ class Speculator:
         growing: Sequence[tuple[Request, int, int]],
         table: Callable[[str], Sequence[int]],
         sizes: Sizes,
+        known: int,
     ) -> list[_Drafted | None]:
         """One model's trees, level by level. Its own chance of each node is the product down its path."""
         widths = self.speculation.widths
@@ -218,25 +254,64 @@ class Speculator:
             began = self._clock()
             level += 1
             width = widths[level - 1] if widths else (1 if self.speculation.method == "draft_model" else WIDTH)
-            behind = level > 1
             proposals = model.propose([growths[place] for place in active], width)
             for place, proposed in zip(active, proposals):
                 self._add(growths[place], proposed, notes[place], source)
-            active = [
-                place
-                for place in active
-                if self._goes_on(growths[place], level, min(growing[place][1], sizes.depth), sizes)
-            ]
-            if behind:  # the first level also catches up, which is no price of a level
-                self.draft_seconds.learn(len(proposals), self._clock() - began)
-        result: list[_Drafted | None] = []
-        for (_, _, nodes), growth, noted in zip(growing, growths, notes):
-            sketch = growth.sketch
-            kept = sketch.best(nodes)
-            if self.sized:
-                kept = [node for node in kept if sketch.scores[node] >= sizes.least_chance]
-            result.append(_arranged(sketch, kept, noted))
-        return result
+            going = [place for place in active if self._may_go_on(growths[place], level, growing[place][1])]
+            if self.sized and going:
+                going = self._worth_a_level(growths, going, level + 1, width, sizes)
+            if level > 1:  # the first level also catches up, which is no price of a level
+                self.draft_seconds.learn(len(active), self._clock() - began)
+            self._passes_s += self.draft_seconds(len(active))
+            active = going
+        kept: list[Sequence[int]] = [growth.sketch.best(nodes) for growth, (_, _, nodes) in zip(growths, growing)]
+        if self.sized:
+            kept = self._worth_verifying(growths, kept, known)
+        return [_arranged(growth.sketch, nodes, noted) for growth, nodes, noted in zip(growths, kept, notes)]
+
+    def _worth_a_level(
+        self, growths: Sequence[Growth], going: Sequence[int], level: int, width: int, sizes: Sizes
+    ) -> list[int]:
+        """Those for whom another pass is expected to bring more tokens than its time brings otherwise.
+
+        A pass is for all of them together: the surer half may be worth one where all are not.
+        """
+        chances = [self.acceptance.by_depth(level, rank) for rank in range(width)]
+        node = sizes.least_chance
+        gains = []
+        for place in going:
+            path = growths[place].sketch.scores[growths[place].at[0]]
+            gains.append((sum(max(0.0, path * chance - node) for chance in chances), place))
+        gains.sort(key=lambda entry: -entry[0])
+        best, count, total = 0.0, 0, 0.0
+        for number, (gain, _) in enumerate(gains, 1):
+            total += gain
+            net = total - sizes.tokens_per_s * self.draft_seconds(number)
+            if net > best:
+                best, count = net, number
+        return sorted(place for _, place in gains[:count])
+
+    def _worth_verifying(
+        self, growths: Sequence[Growth], kept: Sequence[Sequence[int]], known: int
+    ) -> list[Sequence[int]]:
+        """Of the nodes that are drafted, as many of the likeliest as make most tokens a second, over all requests."""
+        pool = sorted(
+            (-growths[place].sketch.scores[node], place, at)
+            for place, nodes in enumerate(kept)
+            for at, node in enumerate(nodes)
+        )
+        spent_s = self._passes_s + self._fixed_s * len(growths)
+        requests = max(known, 1)
+        best, count, expected = requests / (spent_s + self.seconds(known)), 0, float(requests)
+        for number, (score, _, _) in enumerate(pool, 1):
+            expected -= score
+            rate = expected / (spent_s + self.seconds(known + number))
+            if rate > best:
+                best, count = rate, number
+        most = [0] * len(kept)
+        for _, place, _ in pool[:count]:
+            most[place] += 1
+        return [nodes[: most[place]] for place, nodes in enumerate(kept)]
 
     def _add(
         self, growth: Growth, proposed: Sequence[Proposal], noted: dict[int, tuple[int, float, int]], source: int
@@ -254,13 +329,8 @@ class Speculator:
                 following.append(node)
         growth.at = following if self.speculation.widths else following[:1]
 
-    def _goes_on(self, growth: Growth, level: int, depth: int, sizes: Sizes) -> bool:
-        if level >= depth or not growth.at or len(growth.expanded) + len(growth.at) > growth.nodes:
-            return False
-        if not self.sized:
-            return True
-        chance = growth.sketch.scores[growth.at[0]] * self.acceptance.by_depth(level + 1, 0)
-        return chance >= sizes.least_path
+    def _may_go_on(self, growth: Growth, level: int, depth: int) -> bool:
+        return level < depth and bool(growth.at) and len(growth.expanded) + len(growth.at) <= growth.nodes
 
     def _keep(self, request: Request, sketch: Sketch, nodes: int, noted: Mapping[int, tuple[int, float, int]]) -> None:
         drafted = _arranged(sketch, sketch.best(nodes), noted)
@@ -271,7 +341,7 @@ class Speculator:
 
     def learn(self, plan: StepPlan, result: StepResult, step_s: float) -> None:
         """A step has been run in step_s seconds, drafting left out."""
-        if all(chunk.sampling is not None for chunk in plan.chunks):  # prefills' rows cost less
+        if all(len(chunk.token_ids) == 1 for chunk in plan.chunks):  # prefills' rows cost less
             self.seconds.learn(plan.num_tokens, step_s)
         self.tally.steps += 1
         for request_id, drafted in self._drafted.items():
