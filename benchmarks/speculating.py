@@ -15,15 +15,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.record import Interval, alternate, interval, losing, ratios, seconds
 from ridgeline import LLM, SamplingParams
 from ridgeline.core.request import Request
 from ridgeline.core.speculation import Speculation
 from ridgeline.core.step import StepRecord
+from ridgeline.core.tree import MOST_NODES
 from ridgeline.core.tree import ROOT as TREE_ROOT
-from ridgeline.speculate.speculator import Round, Speculator
+from ridgeline.speculate.speculator import DEEPEST, WIDTH, Round, Speculator
+from ridgeline.speculate.tree_size import DraftPrice, Sizes, TargetPrice, Want, choose_sizes
 
 HUMAN_EVAL = Path("data") / "prompts" / "human_eval_first_half.jsonl"
 GRAM, REPEATS = 8, 2
@@ -64,6 +68,16 @@ class Arm:
     config: Mapping[str, Any] | None
     drafters: tuple[int, ...] | None = None
 
+    @property
+    def sized(self) -> bool:
+        """Whether the sizer chooses, and not the arm."""
+        return self.config is not None and "tree" not in self.config and "num_speculative_tokens" not in self.config
+
+
+NONE = Arm("none", None)
+LEAST, NEAR_BEST = 0.97, 0.97
+"""What speed must be at least: of no speculation, and of the best static choice."""
+
 
 @dataclass
 class Counts:
@@ -83,6 +97,9 @@ class Counts:
                 self.trials[place] += 1
                 self.hits[place] += node in accepted
         self.lengths[len(told.tokens)] += 1
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.trials + other.trials, self.hits + other.hits, self.lengths + other.lengths)
 
     def chance(self, depth: int, rank: int) -> float:
         """Of a node under an accepted parent; the deepest that was tried stands for those below it."""
@@ -115,7 +132,8 @@ class Counts:
 @dataclass
 class Run:
     """Requests decoded side by side. ids: of each, its output tokens; tokens: that were committed within decode_s
-    seconds, all requests together, while all were decoding; steps: within that time."""
+    seconds, all requests together, while all were decoding; steps, drafted, accepted, draft_s: within that time;
+    context: mean length halfway."""
 
     ids: list[list[int]]
     tokens: int
@@ -124,6 +142,7 @@ class Run:
     drafted: int
     accepted: int
     draft_s: float
+    context: float
 
     @property
     def rate(self) -> float:
@@ -219,11 +238,149 @@ class Sides:
             sum(one.drafted for one in records),
             sum(one.accepted for one in records),
             sum(one.draft_s for one in records),
+            (sum(before) + sum(after)) / 2 / len(requests),
         )
 
 
 def _lengths(requests: Sequence[Request]) -> list[int]:
     return [len(request.tokens) for request in requests]
+
+
+def settings(temperature: float) -> SamplingParams:
+    """As each request is sampled; it ends when the clock has stopped."""
+    seed = 7 if temperature else None
+    return SamplingParams(temperature=temperature, seed=seed, max_tokens=None, ignore_eos=True, detokenize=False)
+
+
+def apart(sides: Sides, prompts: Sequence[str], wanted: int, tokens: int) -> tuple[list[str], list[str]]:
+    """Prompts whose greedy continuation does not loop, no more than are wanted, and those before them whose does."""
+    plain: list[str] = []
+    looping: list[str] = []
+    for prompt in prompts:
+        if len(plain) >= wanted:
+            break
+        ids = sides.run(NONE, [prompt], settings(0.0), tokens).ids[0]
+        (looping if loops(ids) else plain).append(prompt)
+    return (plain, looping) if plain else (looping, [])
+
+
+COLUMNS = ["", "tok/s", "÷ none", "÷ best static", "tokens a step", "nodes a step", "accepted", "drafting", "same"]
+
+
+@dataclass
+class Compared:
+    """Arms on the same prompts. rates: tokens a second of each round; best_static: the fastest arm whose sizes are
+    given (none is one of them)."""
+
+    batch: int
+    runs: Mapping[str, Sequence[Run]]
+    rates: Mapping[str, Sequence[float]]
+    best_static: str
+    same: Mapping[str, float]
+    """Of each arm, the share of requests whose output is that of no speculation, token for token."""
+    context: float
+    """Mean tokens of a request halfway."""
+
+    def over(self, name: str, other: str) -> Interval:
+        return ratios(self.rates[name], self.rates[other])
+
+    def median(self, name: str) -> float:
+        """Tokens a second of an arm."""
+        return median(self.rates[name])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"best_static": self.best_static, "arms": {name: self._arm(name) for name in self.runs}}
+
+    def _arm(self, name: str) -> dict[str, Any]:
+        runs = self.runs[name]
+        steps, drafted = sum(one.steps for one in runs), sum(one.drafted for one in runs)
+        return {
+            "tokens_per_s": interval(self.rates[name]),
+            "over_none": self.over(name, NONE.name),
+            "over_best_static": self.over(name, self.best_static),
+            "tokens_a_step": sum(one.tokens for one in runs) / steps / self.batch,
+            "nodes_a_step": drafted / steps / self.batch,
+            "accepted_share": sum(one.accepted for one in runs) / max(1, drafted),
+            "draft_share_of_time": sum(one.draft_s for one in runs) / sum(one.decode_s for one in runs),
+            "same_outputs": self.same[name],
+        }
+
+    def timings(self) -> dict[str, Any]:
+        """Raw, run by run."""
+        return {
+            name: {
+                "decode_s": seconds(one.decode_s for one in runs),
+                "tokens": [one.tokens for one in runs],
+                "steps": [one.steps for one in runs],
+            }
+            for name, runs in self.runs.items()
+        }
+
+    def rows(self) -> list[list[str]]:
+        """Of a table with COLUMNS."""
+        found = []
+        for name in self.runs:
+            one = self._arm(name)
+            over, best = one["over_none"], one["over_best_static"]
+            found.append(
+                [
+                    name,
+                    one["tokens_per_s"].show(".0f"),
+                    losing(over.show(), over.median < LEAST),
+                    losing(best.show(), best.median < NEAR_BEST),
+                    f"{one['tokens_a_step']:.2f}",
+                    f"{one['nodes_a_step']:.1f}",
+                    f"{100 * one['accepted_share']:.0f} %",
+                    f"{100 * one['draft_share_of_time']:.0f} %",
+                    f"{100 * one['same_outputs']:.0f} %",
+                ]
+            )
+        return found
+
+
+def compare(
+    sides: Sides,
+    arms: Sequence[Arm],
+    batch: int,
+    temperature: float,
+    prompts: Sequence[str],
+    tokens: int,
+    rounds: int,
+    listen: bool = True,
+) -> Compared:
+    """All arms on the same prompts, in groups of `batch`: a round is all groups, arms alternate group by group. What
+    is accepted is counted in the round that warms up."""
+    groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
+    params = settings(temperature)
+
+    def decode(arm: Arm, number: int) -> Run:
+        return sides.run(arm, groups[number % len(groups)], params, tokens, listen=listen and number < 0)
+
+    runs = alternate(
+        {arm.name: lambda number, arm=arm: decode(arm, number) for arm in arms},  # type: ignore[misc]
+        rounds * len(groups),
+        warm=len(groups),
+    )
+    same = {}
+    for name, ours in runs.items():
+        pairs = [pair for one, none in zip(ours, runs[NONE.name]) for pair in zip(one.ids, none.ids)]
+        same[name] = sum(first_difference(one, other) is None for one, other in pairs) / len(pairs)
+    rates = {name: _by_round(ours, len(groups)) for name, ours in runs.items()}
+    best = max((arm.name for arm in arms if not arm.sized), key=lambda name: median(rates[name]))
+    context = sum(one.context for one in runs[NONE.name]) / len(runs[NONE.name])
+    return Compared(batch, runs, rates, best, same, context)
+
+
+def _by_round(runs: Sequence[Run], groups: int) -> list[float]:
+    rounds = [runs[first : first + groups] for first in range(0, len(runs), groups)]
+    return [sum(one.tokens for one in part) / sum(one.decode_s for one in part) for part in rounds]
+
+
+def bound(counts: Counts, requests: int, target: TargetPrice, draft: DraftPrice) -> Sizes:
+    """The most tokens a second that trees can make by the sizer's own formula: with chances as they were counted, at
+    given seconds of the target's step by its nodes, and of drafting by levels."""
+    wants = [Want(DEEPEST, MOST_NODES)] * requests
+    return choose_sizes(wants, counts.chance, target, draft, WIDTH, DEEPEST)
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

@@ -9,21 +9,28 @@ twice are reported apart at batch 1 and left out of larger batches. The issue's 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.models import checkpoint
-from benchmarks.record import Interval, Record, alternate, interval, losing, parser, ratios, seconds, use_threads
-from benchmarks.speculating import Arm, Run, Sides, cycled, first_difference, human_eval, loops
-from ridgeline import LLM, SamplingParams
+from benchmarks.record import Interval, Record, parser, use_threads
+from benchmarks.speculating import (
+    COLUMNS,
+    LEAST,
+    NEAR_BEST,
+    NONE,
+    Arm,
+    Compared,
+    Sides,
+    apart,
+    compare,
+    cycled,
+    human_eval,
+)
+from ridgeline import LLM
 from ridgeline.study.pictures import save, speculation
 
-NONE, AUTO = "none", "tree, auto"
-LEAST, NEAR_BEST = 0.97, 0.97
-"""Of no speculation at batch 1, and of the best static choice."""
-
+AUTO = "tree, auto"
 CHAINS = tuple(
     Arm(f"chain of {k}", {"method": "draft_model", "num_speculative_tokens": k}) for k in (1, 2, 3, 4, 5, 6, 7, 8)
 )
@@ -32,7 +39,7 @@ TREES = tuple(
     for widths in ((2, 2), (3, 1, 1), (4, 2, 1, 1))
 )
 ARMS = (
-    Arm(NONE, None),
+    NONE,
     Arm(AUTO, {"method": "tree"}),
     *TREES,
     *CHAINS,
@@ -40,10 +47,8 @@ ARMS = (
     Arm("n-gram of 4", {"method": "ngram", "num_speculative_tokens": 4}),
     Arm("n-gram, auto", {"method": "ngram"}),
 )
-FEW = (NONE, AUTO, "tree 2-2", "chain of 1", "chain of 2", "chain of 3", "chain of 4", "n-gram, auto")
+FEW = (NONE.name, AUTO, "tree 2-2", "chain of 1", "chain of 2", "chain of 3", "chain of 4", "n-gram, auto")
 """Arms of batches beyond one."""
-SIZED = (AUTO, "chain, auto", "n-gram, auto")
-"""Arms whose sizes change: no static choices."""
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
@@ -84,7 +89,7 @@ def measure(options: argparse.Namespace) -> Record:
     }
     config = {"method": "tree"} if options.model is None else {"method": "tree", "model": str(folder)}
     with LLM(folder, dtype="float32", device="cpu", enable_prefix_caching=False, speculative_config=config) as llm:
-        plain, looping = apart(Sides(llm, ARMS), prompts, options)
+        plain, looping = apart(Sides(llm, [NONE]), prompts, max(options.prompts_count, *options.batches), options.new)
         record.settings["prompts_that_loop"] = f"{len(looping)} of {len(looping) + len(plain)} that were looked at"
         record.observe("looked for loops")
         for temperature in options.temperatures:
@@ -95,38 +100,22 @@ def measure(options: argparse.Namespace) -> Record:
             for batch in options.batches:
                 chosen = plain[: options.prompts_count] if batch == 1 else cycled(plain, batch)
                 found = cell(record, sides, f"batch {batch}, temperature {temperature:g}", batch, temperature, chosen)
-                for name, one in found["arms"].items():
-                    if name != NONE and name in FEW:
-                        speedups.setdefault(name, {})[batch] = one["over_none"]
+                for name in found.runs:
+                    if name != NONE.name and name in FEW:
+                        speedups.setdefault(name, {})[batch] = found.over(name, NONE.name)
                 if batch == 1 and looping:
                     title = f"batch 1, temperature {temperature:g}, prompts that loop"
                     cell(record, sides, title, 1, temperature, looping[: options.prompts_count // 2], judged=False)
             record.summary[f"learned, temperature {temperature:g}"] = sides.priced(AUTO)
+            record.summary[f"accepted, temperature {temperature:g}"] = {
+                name: counts.as_dict() for name, counts in sides.counts.items() if counts.trials
+            }
             if options.plots is not None:
                 reached = {name: sides.counts[name].reached() for name in (AUTO, "chain of 4")}
                 title = f"{what}, fp32, {options.threads} threads, temperature {temperature:g}"
                 save(speculation(speedups, reached, title), options.plots / f"speculation-t{temperature:g}.png")
     record.note("ratios: medians of rounds, each round all prompts, arms alternating prompt by prompt; 95 % bootstrap")
     return record
-
-
-def apart(sides: Sides, prompts: Sequence[str], options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Prompts whose greedy continuation does not loop, and those whose does; no more than are needed."""
-    plain: list[str] = []
-    looping: list[str] = []
-    params = settings(0.0)
-    for prompt in prompts:
-        if len(plain) >= max(options.prompts_count, *options.batches):
-            break
-        ids = sides.run(ARMS[0], [prompt], params, options.new).ids[0]
-        (looping if loops(ids) else plain).append(prompt)
-    return plain or looping, looping if plain else []
-
-
-def settings(temperature: float) -> SamplingParams:
-    """As each request is sampled; it ends when the clock has stopped."""
-    seed = 7 if temperature else None
-    return SamplingParams(temperature=temperature, seed=seed, max_tokens=None, ignore_eos=True, detokenize=False)
 
 
 def cell(
@@ -137,89 +126,26 @@ def cell(
     temperature: float,
     prompts: Sequence[str],
     judged: bool = True,
-) -> dict[str, Any]:
-    """All arms on the same prompts, in groups of `batch`, each group a measurement and all of them a round."""
+) -> Compared:
+    """All arms at one batch."""
     options = record.options
-    groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
-    params = settings(temperature)
     arms = [arm for arm in ARMS if batch == 1 or arm.name in FEW]
-
-    def decode(arm: Arm, number: int) -> Run:
-        return sides.run(arm, groups[number % len(groups)], params, options.new, listen=number < 0 and judged)
-
-    results = alternate(
-        {arm.name: lambda number, arm=arm: decode(arm, number) for arm in arms},  # type: ignore[misc]
-        options.rounds * len(groups),
-        warm=len(groups),
-    )
+    found = compare(sides, arms, batch, temperature, prompts, options.new, options.rounds, listen=judged)
+    worst = min(found.same.values())
+    record.target(f"outputs token for token those of none, {title}", "100 %", f"{100 * worst:g} %", worst == 1.0)
     record.observe(title)
-    for name, runs in results.items():
-        for number, (ours, none) in enumerate(zip(runs, results[NONE])):
-            for place, (one, other) in enumerate(zip(ours.ids, none.ids)):
-                parted = first_difference(one, other)
-                assert parted is None, f"{title}, {name}: prompt {number}/{place} parts at token {parted}"
-    rates = {name: by_round(runs, len(groups)) for name, runs in results.items()}
-    static = [name for name in rates if name not in SIZED]
-    best = max(static, key=lambda name: statistics.median(rates[name]))
-    found: dict[str, Any] = {"best_static": best, "same_tokens": True, "arms": {}}
-    for name, runs in results.items():
-        steps, tokens = sum(one.steps for one in runs), sum(one.tokens for one in runs)
-        found["arms"][name] = {
-            "tokens_per_s": interval(rates[name]),
-            "over_none": ratios(rates[name], rates[NONE]),
-            "over_best_static": ratios(rates[name], rates[best]),
-            "tokens_a_step": tokens / steps / batch,
-            "nodes_a_step": sum(one.drafted for one in runs) / steps,
-            "accepted_share": sum(one.accepted for one in runs) / max(1, sum(one.drafted for one in runs)),
-            "draft_share_of_time": sum(one.draft_s for one in runs) / sum(one.decode_s for one in runs),
-            "counts": sides.counts[name].as_dict() if judged else None,
-        }
-    record.summary[title] = found
-    record.timings[title] = {
-        name: {
-            "decode_s": seconds(one.decode_s for one in runs),
-            "tokens": [one.tokens for one in runs],
-            "steps": [one.steps for one in runs],
-        }
-        for name, runs in results.items()
-    }
-    record.table(
-        f"{title[0].upper()}{title[1:]}: {len(prompts)} prompts",
-        ["", "tok/s", "÷ none", "÷ best static", "tokens a step", "nodes a step", "accepted", "drafting"],
-        [row(name, one) for name, one in found["arms"].items()],
-    )
+    record.summary[title] = found.as_dict()
+    record.timings[title] = found.timings()
+    record.table(f"{title[0].upper()}{title[1:]}: {len(prompts)} prompts", COLUMNS, found.rows())
     if judged:
-        ours = found["arms"][AUTO]
-        over, against = ours["over_none"], ours["over_best_static"]
-        if batch == 1:
-            met = over.median >= LEAST
-            record.target(f"dynamic trees beside none, {title}", f"≥ {LEAST}×", over.show(unit="×"), met)
-        else:
-            record.target(f"dynamic trees beside none, {title}", "recorded", over.show(unit="×"), None)
-        shown = f"{against.show(unit='×')} of {best}"
-        record.target(f"dynamic trees beside the best static choice, {title}", f"≥ {NEAR_BEST}×", shown,
-                      against.median >= NEAR_BEST)  # fmt: skip
+        over, against = found.over(AUTO, NONE.name), found.over(AUTO, found.best_static)
+        met = over.median >= LEAST if batch == 1 else None
+        wanted = f"≥ {LEAST}×" if batch == 1 else "recorded"
+        record.target(f"dynamic trees beside none, {title}", wanted, over.show(unit="×"), met)
+        shown = f"{against.show(unit='×')} of {found.best_static}"
+        line = f"dynamic trees beside the best static choice, {title}"
+        record.target(line, f"≥ {NEAR_BEST}×", shown, against.median >= NEAR_BEST)
     return found
-
-
-def by_round(runs: Sequence[Run], groups: int) -> list[float]:
-    """Tokens a second of each round."""
-    rounds = [runs[first : first + groups] for first in range(0, len(runs), groups)]
-    return [sum(one.tokens for one in part) / sum(one.decode_s for one in part) for part in rounds]
-
-
-def row(name: str, one: dict[str, Any]) -> list[str]:
-    over, best = one["over_none"], one["over_best_static"]
-    return [
-        name,
-        one["tokens_per_s"].show(".0f"),
-        losing(over.show(), over.median < LEAST),
-        losing(best.show(), best.median < NEAR_BEST),
-        f"{one['tokens_a_step']:.2f}",
-        f"{one['nodes_a_step']:.1f}",
-        f"{100 * one['accepted_share']:.0f} %",
-        f"{100 * one['draft_share_of_time']:.0f} %",
-    ]
 
 
 if __name__ == "__main__":

@@ -217,7 +217,9 @@ def _draft_plans(
     for name in names:
         place = locate(str(name))
         spec = parse_config(read_config(place), str(place))
-        if spec.vocabulary != target.vocabulary or not _same_words(directory, place):
+        words = _same_words(directory, place)
+        padded = words is True and spec.vocabulary < target.vocabulary
+        if words is False or (spec.vocabulary != target.vocabulary and not padded):
             raise InvalidArgument(
                 "speculative_config",
                 f"model: {place} has another vocabulary ({spec.vocabulary} tokens) than {directory} "
@@ -239,13 +241,13 @@ def _draft_plans(
     return plans
 
 
-def _same_words(one: Path, other: Path) -> bool:
-    """Whether two checkpoints' tokenizers give the same ids, as far as their files tell."""
+def _same_words(one: Path, other: Path) -> bool | None:
+    """Whether two checkpoints' tokenizers give the same ids; None if their files do not tell."""
     words = []
     for directory in (one, other):
         file = (directory if directory.is_dir() else directory.parent) / "tokenizer.json"
         if not file.is_file():
-            return True
+            return None
         words.append(json.loads(file.read_text(encoding="utf-8")).get("model", {}).get("vocab"))
     return bool(words[0] == words[1])
 
