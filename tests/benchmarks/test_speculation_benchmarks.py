@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_speculation, speculation_cpu
+from benchmarks import gpu_speculation, gpu_tree_shapes, speculation_cpu
 from benchmarks.models import TINY_SHAPE, random_checkpoint
 from benchmarks.speculating import NONE, Arm, Counts, bound, cycled, human_eval, loops
 from ridgeline.core.tree import TokenTree
@@ -88,6 +88,20 @@ def test_two_drafters_have_as_many_nodes_as_one(bench: Bench, tiny: Path) -> Non
     for nodes in (8, 16, 32):
         assert arms[f"two, {nodes} nodes"]["nodes_a_step"] <= nodes
     assert sum("accepted a verified node" in one["line"] for one in result["targets"]) == 6
+
+
+def test_shapes_of_trees_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    on_cpu = ["--device", "cpu", "--kernels", "reference", "--dtype", "float32"]
+    gpu_tree_shapes.main(["--quick", *on_cpu, "--out", str(out), "--plots", str(tmp_path)])
+    cell = json.loads(out.read_text(encoding="utf-8"))["summary"]["vocabulary 256"]
+    shapes = {(one["batch"], one["deep"], one["nodes"]): one for one in cell["shapes"]}
+    assert set(shapes) == {(batch, deep, nodes) for batch in (1, 2) for deep in (False, True) for nodes in (1, 4)}
+    assert all(min(one["draft_s"], one["verify_s"], one["sample_s"]) > 0 for one in shapes.values())
+    assert shapes[1, True, 4]["tokens"] == pytest.approx(1 + 0.75 + 0.75**2 + 0.75**3 + 0.75**4)
+    assert shapes[2, False, 4]["tokens"] == pytest.approx(1 + 0.75 + 0.12 + 0.04 + 0.02)
+    assert shapes[1, True, 4]["draft_s"] > shapes[1, False, 4]["draft_s"]  # four passes, and one
+    assert (tmp_path / "tree-shapes-256.png").is_file()
 
 
 def test_what_is_accepted_is_counted_where_its_parent_was() -> None:

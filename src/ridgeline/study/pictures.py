@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ridgeline.core.errors import InvalidArgument
 
@@ -764,6 +764,56 @@ def speculation(
     left.xaxis.set_major_formatter("{x:g}")
     _title(figure, title)
     _legend(figure, {name: Line2D([], [], color=colours[name], marker="o", markersize=4) for name in names}, columns=6)
+    return figure
+
+
+class TreeShape(Protocol):
+    """Times of a round with trees of one shape, in seconds, and the tokens a second that it is expected to bring."""
+
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def draft_s(self) -> float: ...
+    @property
+    def verify_s(self) -> float: ...
+    @property
+    def sample_s(self) -> float: ...
+    @property
+    def rate(self) -> float: ...
+
+
+def tree_shapes(curves: Mapping[int, Mapping[str, Sequence[TreeShape]]], plain: Mapping[int, float], title: str) -> Any:
+    """A panel a batch: milliseconds of drafting, verifying and sampling against nodes (left axis), and expected tokens
+    a second (right axis, grey).
+
+    curves: by batch and shape ("wide" is drawn solid, others dashed). plain: seconds of a step without a tree.
+    """
+    from matplotlib.lines import Line2D
+
+    figure = _empty(0.9 + 3.3 * -(-len(curves) // 2))
+    parts = {"draft": LINE_COLOURS[1], "verify": LINE_COLOURS[0], "sample": LINE_COLOURS[2]}
+    for axes, (batch, shapes) in zip(_panels(figure, len(curves)), curves.items()):
+        other = axes.twinx()
+        for name, found in shapes.items():
+            style = "-" if name == "wide" else DASHED
+            nodes = [one.nodes for one in found]
+            for part, colour in parts.items():
+                axes.plot(nodes, [1e3 * getattr(one, f"{part}_s") for one in found], color=colour, linestyle=style)
+            other.plot(nodes, [one.rate for one in found], color=FAINT, linestyle=style, linewidth=2.5, alpha=0.5)
+        axes.axhline(1e3 * plain[batch], color=INK, linewidth=1, linestyle=DOTTED)
+        other.tick_params(labelsize=SMALL, labelcolor=FAINT, color="#BBBBBB")
+        other.set_ylim(bottom=0)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        _words(axes, f"batch {batch}", "nodes of a tree", "ms")
+    entries = {name: Line2D([], [], color=colour) for name, colour in parts.items()}
+    entries["tokens/s, right"] = Line2D([], [], color=FAINT, linewidth=2.5, alpha=0.5)
+    entries["a plain step"] = Line2D([], [], color=INK, linewidth=1, linestyle=DOTTED)
+    entries["wide"] = Line2D([], [], color=INK)
+    entries["deep"] = Line2D([], [], color=INK, linestyle=DASHED)
+    _title(figure, title)
+    _legend(figure, entries)
     return figure
 
 
