@@ -456,14 +456,13 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
         if not config.enable_chunked_prefill and batched < length:
             batched, reasons["max_num_batched_tokens"] = length, "a whole prompt must fit without chunked prefill"
     eager, overlap = config.enforce_eager, config.async_scheduling
-    if config.speculation is not None:
-        overlap = False
-        reasons["async_scheduling"] = "a draft follows the token before it, once read"
     if not eager and kind == "cpu":
         eager, reasons["enforce_eager"] = True, "a CPU has no graphs"
     if overlap is None:
         overlap = kind == "cuda" and config.kv_cache
         reasons["async_scheduling"] = "the host works while the device does" if overlap else f"off on {device}"
+        if overlap and config.speculation is not None:
+            reasons["async_scheduling"] = "while nothing is drafted: a draft follows the token before it, once read"
     caching = config.enable_prefix_caching
     if caching is None:
         caching = config.kv_cache

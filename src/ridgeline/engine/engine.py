@@ -41,8 +41,8 @@ class Engine:
     predict(plan) -> seconds, if given, is asked before each step and lands in its record. Listeners
     get every StepRecord. overlap: read a step's results only when the next one has been dispatched; tokens
     are the same, each comes one call of `step` later. retreats: requests of a step that fails wait again,
-    instead of ending with it. speculator: drafts trees for the requests of each step; with one, results are read
-    at once.
+    instead of ending with it. speculator: drafts trees for the requests of each step; results are read at once
+    before a step for which it may.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Engine:
         """Requests of the step that failed last."""
         self.listeners: list[Callable[[StepRecord], None]] = []
         self._flights: deque[_Flight] = deque()  # at most one between two steps
+        self._read_s = 0.0  # when the last one was read
         self._events: list[Event] = []
 
     def add(self, request: Request) -> None:
@@ -109,7 +110,7 @@ class Engine:
                 if request.scheduled_s is None:
                     request.scheduled_s = start
             self._dispatch(plan, start, self.scheduler.preemptions - preempted)
-        most = 1 if self.overlap else 0
+        most = 1 if self.overlap and (self.speculator is None or self.speculator.rests) else 0
         while self._flights and (plan is None or len(self._flights) > most or not self.scheduler.may_run_ahead):
             self._read(self._flights.popleft())
         self._let_go()
@@ -153,10 +154,14 @@ class Engine:
         events = self.scheduler.commit(flight.plan, result)
         self._events += events
         if self.speculator is not None:
-            self.speculator.learn(flight.plan, result, self.clock.now() - flight.start_s - self.speculator.last_draft_s)
+            began_s = max(
+                flight.start_s + self.speculator.last_draft_s, self._read_s
+            )  # overlapped: after the one before
+            self.speculator.learn(flight.plan, result, self.clock.now() - began_s)
             for event in events:
                 if event.finish is not None:
                     self.speculator.forget(event.request.request_id)
+        self._read_s = self.clock.now()
         if self.listeners:
             self._record(flight, result, read_s)
 

@@ -29,11 +29,12 @@ DEEPEST = 12
 WIDTH = 4
 """Siblings that are considered at each node, when the sizer decides."""
 
-PROBE_STEPS = 128
-"""Without trees nothing is learned, so every so many steps a small one is tried."""
-
 KEPT_STEPS = 16
-"""A choice of sizes holds so long, while the same requests go on: chances and prices change slowly."""
+"""A choice of sizes holds so long, while the same requests go on: chances and prices change slowly. One for no trees
+holds whoever comes, and steps may overlap meanwhile."""
+
+PROBE_RESTS = 8
+"""Without trees nothing is learned, so after so many rests a small one is tried."""
 
 SLACK = 2
 """Times the nodes of an average tree that one may have whose tokens are surer."""
@@ -119,7 +120,8 @@ class Speculator:
         self._clock = clock
         self._drafted: dict[str, _Drafted] = {}
         self._indices: dict[str, SuffixIndex] = {}
-        self._without = 0
+        self._rests = 0  # in a row
+        self._rest_steps = 0
         self._chosen: tuple[tuple[int, list[Want]], Sizes] | None = None
         self._keep_steps = 0
         self._fixed_s = 0.0  # of drafting for one request, beside the passes
@@ -132,6 +134,11 @@ class Speculator:
         """Whether the sizer decides."""
         return not self.speculation.widths and self.speculation.nodes is None
 
+    @property
+    def rests(self) -> bool:
+        """Whether nothing will be drafted for the next step, whatever it is."""
+        return self._rest_steps > 0
+
     def draft(self, chosen: Sequence[tuple[Request, int]], room: Room, deepest: Callable[[Request], int],
               table: Callable[[str], Sequence[int]]) -> dict[str, TokenTree]:  # fmt: skip
         """Trees for requests that are chosen for their next token, those for whom one pays and is possible.
@@ -141,6 +148,10 @@ class Speculator:
         began = self._clock()
         self._drafted = {}
         self._passes_s = 0.0
+        if self._rest_steps > 0:
+            self._rest_steps -= 1
+            self.last_draft_s = 0.0
+            return {}
         growing: list[tuple[Request, int, int]] = []
         candidates = [
             (request, deepest(request))
@@ -153,7 +164,7 @@ class Speculator:
             sizes = self._sizes([Want(min(depth, DEEPEST), MOST_NODES) for _, depth in candidates], known)
             self.sizes = sizes
             if sizes.depth:
-                self._without = 0
+                self._rests = 0
                 left = self.most_rows - len(chosen)
                 shaped = self.sized and bool(self.models)  # by each context's own chances, once they are known
                 slack = SLACK if shaped and SLACK * (sum(sizes.nodes) + len(candidates)) <= left else 1
@@ -165,7 +176,8 @@ class Speculator:
                         left -= granted
                 self._grow(growing, table, sizes, known)
             else:
-                self._without += 1
+                self._rests += 1
+                self._rest_steps = KEPT_STEPS - 1
         self.last_draft_s = self._clock() - began
         if growing and self.models:
             beside_s = (self.last_draft_s - self._passes_s) / len(growing)
@@ -188,8 +200,9 @@ class Speculator:
             self._keep_steps = KEPT_STEPS
         self._keep_steps -= 1
         sizes = self._chosen[1]
-        if sizes.depth == 0 and self._without >= PROBE_STEPS:
+        if sizes.depth == 0:
             self._keep_steps = 0
+        if sizes.depth == 0 and self._rests >= PROBE_RESTS:
             return Sizes(1, (1,) * len(wants), sizes.tokens_per_s, sizes.plain_per_s, 0.0, 0.0)
         return sizes
 
