@@ -225,7 +225,7 @@ def bounds_of(llm: LLM, sides: Sides, counts: Counts, found: Compared, hardware:
     batch, level_s = found.batch, learned.draft_seconds(found.batch)
     result = {
         "measured seconds": bound(
-            counts, batch, lambda nodes: learned.seconds(batch + nodes), lambda depth: depth * level_s
+            counts, batch, lambda nodes: learned.target_s(batch, nodes), lambda depth: depth * level_s
         ).tokens_per_s
     }
     machine = find(hardware) if hardware else None

@@ -180,15 +180,18 @@ class Sides:
         asked = Speculation.of(arm.config)
         drafters = range(len(base.models)) if arm.drafters is None else arm.drafters
         models = [] if asked.method == "ngram" else [base.models[place] for place in drafters]
-        return Speculator(asked, models, base.seconds.copy(), base.draft_seconds.copy(), base.most_rows)
+        prices = base.seconds.copy(), base.plain_seconds.copy(), base.draft_seconds.copy()
+        return Speculator(asked, models, *prices, base.most_rows)
 
     def priced(self, name: str) -> dict[str, Any]:
-        """What an arm's speculator takes for the seconds of a step by its rows, and of a pass of drafting."""
+        """What an arm's speculator takes for the seconds of a step with trees by its rows, of one without and of a pass
+        of drafting by requests."""
         one = self.speculators[name]
         assert one is not None
-        rows, requests = (1, 2, 3, 5, 9, 17, 33, 65, 129, 256), (1, 4, 16, 64)
+        rows, requests = (2, 3, 5, 9, 17, 33, 65, 129, 256), (1, 4, 8, 16, 32, 64, 128, 256)
         return {
-            "target_s": {count: one.seconds(count) for count in rows},
+            "with_trees_s": {count: one.seconds(count) for count in rows},
+            "plain_s": {count: one.plain_seconds(count) for count in requests},
             "draft_s": {count: one.draft_seconds(count) for count in requests},
         }
 

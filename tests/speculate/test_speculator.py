@@ -50,7 +50,8 @@ class Drafter:
 def speculator(drafter: Drafter, seconds: Seconds, method: str = "tree") -> Speculator:
     model: Any = drafter
     asked = Speculation.of({"method": method})
-    return Speculator(asked, [model], seconds.copy(), Seconds({1: drafter.pass_s}), 512, drafter.clock)
+    prices = seconds.copy(), Seconds({1: seconds(1), 99: 1.2}), Seconds({1: drafter.pass_s})
+    return Speculator(asked, [model], *prices, 512, drafter.clock)
 
 
 def requests(*names: str) -> list[tuple[Request, int]]:
@@ -131,11 +132,27 @@ def test_room_is_kept_to() -> None:
 
 def test_prompts_are_no_price_of_rows() -> None:
     one = speculator(Drafter(), CHEAP)
-    before = one.seconds(40)
+    before = one.plain_seconds(40)
     one.learn(StepPlan(1, (Chunk("a", [1] * 40, 0, [0], Sampling(PARAMS, 0, 4, [], 3)),)), StepResult(), 9.0)
-    assert one.seconds(40) == before
+    assert one.plain_seconds(40) == before
     one.learn(StepPlan(1, (Chunk("a", [1], 0, [0], Sampling(PARAMS, 0, 4, [], 3)),)), StepResult(), 9.0)
-    assert one.seconds(1) > 1.0
+    assert one.plain_seconds(1) > 1.0
+
+
+def test_steps_with_trees_and_without_have_prices_of_their_own() -> None:
+    """A step with trees costs twice as much for as many rows: with four requests that never pays, with one it does."""
+    one = speculator(Drafter(["a", "b", "c", "d"], pass_s=0.0), Seconds({1: 1.9, 99: 2.1}))
+    one.plain_seconds = Seconds({1: 1.0, 4: 1.1})
+    for _ in range(30):
+        trees = draft(one, requests("a"))
+        verified(one, trees, lambda name: 3, 2.0)
+    assert trees
+    crowd = requests("a", "b", "c", "d")
+    for _ in range(60):
+        trees = draft(one, crowd)
+        verified(one, trees, lambda name: 0, 2.0 if trees else 1.1)
+    assert not trees
+    assert one.plain_seconds(4) < 1.5 < one.seconds(8)
 
 
 @pytest.mark.parametrize("method", ["tree", "draft_model"])

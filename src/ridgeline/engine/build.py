@@ -265,12 +265,15 @@ def _speculator(
     def sampling(position: int) -> Sampling:
         return Sampling(params, 0, position, [0], 1)
 
-    def step(nodes: int) -> None:
+    def step(requests: int, nodes: int) -> None:
         tree = TokenTree.chain(range(1, nodes + 1)) if nodes else None
         behind = [sampling(start + 2 + node) for node in range(nodes)]
-        chunk = Chunk("price", [0], start, blocks, sampling(start + 1), tree=tree, behind=behind)
+        chunks = [
+            Chunk(f"price/{i}", [0], start, blocks, sampling(start + 1), tree=tree, behind=behind)
+            for i in range(requests)
+        ]
         with suppress(CheckpointError):
-            runner.run(StepPlan(0, (chunk,)))
+            runner.run(StepPlan(0, tuple(chunks)))
 
     def draft(requests: int) -> None:
         for model in models:
@@ -284,17 +287,19 @@ def _speculator(
                 model.forget(growth.request.request_id)
 
     most = min(MOST_NODES, room - start - 1, resolved.max_num_batched_tokens - 1, TREE_ROWS - 1)
-    points = [nodes for nodes in PRICED_NODES if nodes <= most] if speculation.most_nodes else [0]
-    seconds = {1 + nodes: _best_s(runner.device, lambda nodes=nodes: step(nodes)) for nodes in points}  # type: ignore[misc]
+    points = [nodes for nodes in PRICED_NODES if nodes <= most] or [1]
+    counts = [count for count in PRICED_REQUESTS if count <= resolved.max_num_seqs]
+    seconds = {1 + nodes: _best_s(runner.device, lambda nodes=nodes: step(1, nodes)) for nodes in points}  # type: ignore[misc]
+    plain = {count: _best_s(runner.device, lambda count=count: step(count, 0)) for count in counts}  # type: ignore[misc]
     drafts = {1: 0.0}
     if models:
-        counts = [count for count in (1, 4, 16, 64) if count <= resolved.max_num_seqs]
         drafts = {count: _best_s(runner.device, lambda count=count: draft(count)) for count in counts}  # type: ignore[misc]
     rows = max(TREE_ROWS, resolved.max_num_seqs)
-    return Speculator(speculation, models, Seconds(seconds), Seconds(drafts), rows)
+    return Speculator(speculation, models, Seconds(seconds), Seconds(plain), Seconds(drafts), rows)
 
 
-PRICED_NODES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 255)
+PRICED_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 255)
+PRICED_REQUESTS = (1, 4, 16, 64, 256)
 TREE_ROWS = 512
 """Rows of logits in a step with trees: known tokens and nodes of all requests."""
 

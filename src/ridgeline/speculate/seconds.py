@@ -49,19 +49,24 @@ class Seconds:
         """The same function, which learns by itself from here on."""
         return Seconds({rows: self._scale * value for rows, value in zip(self._rows, self._points)})
 
-    def learn(self, rows: int, seconds: float) -> None:
-        """A step of so many rows took so long."""
+    def drift(self, off: float) -> None:
+        """Something like it took so much more than expected, as a share of that."""
+        self._scale *= 1.0 + COMMON * off
+
+    def learn(self, rows: int, seconds: float) -> float:
+        """A step of so many rows took so long. Returns how much more that is than was expected, as a share."""
         expected = self(rows)
         if expected <= 0.0:
-            return
+            return 0.0
         off = min(seconds / expected, OUTLIER) - 1.0
-        self._scale *= 1.0 + COMMON * off
+        self.drift(off)
         place = bisect_left(self._rows, rows)
         exact = place < len(self._rows) and self._rows[place] == rows
         beside = range(place, place + 1) if exact else range(max(place - 1, 0), min(place + 1, len(self._rows)))
         for near in beside:
             self._points[near] *= 1.0 + OWN * (off - COMMON * off)
         self._values = rising(self._points)
+        return off
 
 
 def rising(values: Sequence[float]) -> list[float]:

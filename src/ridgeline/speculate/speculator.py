@@ -92,9 +92,10 @@ class Tally:
 class Speculator:
     """Drafts trees for the requests of a step.
 
-    speculation: what was asked for. models: the draft models, none for n-grams. seconds: of a step of the target by
-    its rows; draft_seconds: of a pass of the draft models by requests. Both learn from what steps take. most_rows:
-    known tokens and nodes of a step, over all requests.
+    speculation: what was asked for. models: the draft models, none for n-grams. seconds: of a step of the target with
+    trees, by its rows; plain_seconds: of one without, which has kernels of its own and less to prepare;
+    draft_seconds: of a pass of the draft models by requests. All learn from what steps take. most_rows: known tokens
+    and nodes of a step, over all requests.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Speculator:
         speculation: Speculation,
         models: Sequence[DraftModel],
         seconds: Seconds,
+        plain_seconds: Seconds,
         draft_seconds: Seconds,
         most_rows: int,
         clock: Callable[[], float] = time.perf_counter,
@@ -109,6 +111,7 @@ class Speculator:
         self.speculation = speculation
         self.models = list(models)
         self.seconds = seconds
+        self.plain_seconds = plain_seconds
         self.draft_seconds = draft_seconds
         self.most_rows = most_rows
         self.acceptance = Acceptance()
@@ -212,12 +215,16 @@ class Speculator:
         width = WIDTH if self.speculation.method == "tree" else 1
 
         def target(nodes: int) -> float:
-            return self.seconds(known + nodes)
+            return self.target_s(known, nodes)
 
         def draft(depth: int) -> float:
             return fixed_s + depth * level_s
 
         return choose_sizes(wants, self.acceptance.by_depth, target, draft, width, DEEPEST)
+
+    def target_s(self, known: int, nodes: int) -> float:
+        """Seconds of the target's step with so many known tokens and nodes."""
+        return self.seconds(known + nodes) if nodes else self.plain_seconds(known)
 
     # Growing trees
 
@@ -315,10 +322,10 @@ class Speculator:
         )
         spent_s = self._passes_s + self._fixed_s * len(growths)
         requests = max(known, 1)
-        best, count, expected = requests / (spent_s + self.seconds(known)), 0, float(requests)
+        best, count, expected = requests / (spent_s + self.target_s(known, 0)), 0, float(requests)
         for number, (score, _, _) in enumerate(pool, 1):
             expected -= score
-            rate = expected / (spent_s + self.seconds(known + number))
+            rate = expected / (spent_s + self.target_s(known, number))
             if rate > best:
                 best, count = rate, number
         most = [0] * len(kept)
@@ -355,7 +362,9 @@ class Speculator:
     def learn(self, plan: StepPlan, result: StepResult, step_s: float) -> None:
         """A step has been run in step_s seconds, drafting left out."""
         if all(len(chunk.token_ids) == 1 for chunk in plan.chunks):  # prefills' rows cost less
-            self.seconds.learn(plan.num_tokens, step_s)
+            trees = any(chunk.tree is not None for chunk in plan.chunks)
+            ours, other = (self.seconds, self.plain_seconds) if trees else (self.plain_seconds, self.seconds)
+            other.drift(ours.learn(plan.num_tokens, step_s))
         self.tally.steps += 1
         for request_id, drafted in self._drafted.items():
             accepted = result.accepted.get(request_id)
