@@ -160,6 +160,16 @@ class StepRecord:
     accepted: int = 0
     draft_s: float = 0.0
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step brought."""
+        return self.sampled + self.accepted
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits that it computed."""
+        return self.sampled + self.drafted
+
 
 @dataclass(frozen=True, slots=True)
 class Spans:

@@ -89,7 +89,7 @@ class Step:
         prompt = 0 if record.kind in NO_PROMPT else sum(new for new, _ in record.spans if new > 1)
         return cls(
             kind=record.kind,
-            output_tokens=record.sampled + record.accepted,
+            output_tokens=record.tokens,
             prompt_tokens=prompt,
             device_s=record.device_s,
             predicted_s=record.predicted_s,

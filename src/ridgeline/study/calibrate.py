@@ -248,7 +248,7 @@ def _anchored(card: Card, built: Built) -> Card:
 
 def _predicted(card: Card, record: StepRecord) -> float:
     new, visible = zip(*record.spans)
-    return card.device_s(Spans(new, visible), record.sampled)
+    return card.device_s(Spans(new, visible), record.rows)
 
 
 def _fitted(features: Sequence[Sequence[float]], measured: Sequence[float]) -> list[float]:
