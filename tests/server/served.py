@@ -17,8 +17,10 @@ from typing import Any
 
 import httpx
 
+COMPLETIONS = "/v1/completions"
 CANARY = {"model": "ridgeline", "prompt": "def add(a, b):", "max_tokens": 12, "temperature": 0}
-START_S = 60.0
+START_S = 240.0
+"""Far more than a start takes: other work on the machine may slow it down."""
 
 
 class Served:
@@ -91,7 +93,7 @@ class Served:
 
     def canary(self) -> str:
         """Greedy text of a fixed prompt."""
-        answer = self.post("/v1/completions", CANARY)
+        answer = self.post(COMPLETIONS, CANARY)
         assert answer.status_code == 200, answer.text
         text: str = answer.json()["choices"][0]["text"]
         return text
@@ -109,6 +111,15 @@ class Served:
 
     def fault(self, kind: str, value: int = 0) -> None:
         assert self.post(f"/debug/fault?kind={kind}&value={value}").status_code == 200
+
+    @contextlib.contextmanager
+    def slowed(self, milliseconds: int) -> Iterator[None]:
+        """Steps take longer by this."""
+        self.fault("slow", milliseconds)
+        try:
+            yield
+        finally:
+            self.fault("slow", 0)
 
     def stop(self, seconds: float = 20.0) -> int:
         """SIGTERM; the exit status."""
@@ -131,6 +142,13 @@ def served(*options: str, ready: bool = True, **more: Any) -> Iterator[Served]:
         yield server
     finally:
         server.kill()
+
+
+def head(*lines: str) -> bytes:
+    """A POST of a completion up to its body."""
+    return "\r\n".join(
+        (f"POST {COMPLETIONS} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines, "", "")
+    ).encode()
 
 
 def events(text: str) -> list[dict[str, Any]]:
