@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Served:
             self.kill()
             raise AssertionError("no port: " + "".join(self.log))
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -76,7 +76,7 @@ class Served:
             more["json"] = body
         return self.client.post(path, **more)
 
-    def raw(self, data: bytes, seconds: float = 10.0) -> bytes:
+    def raw(self, data: bytes, seconds: float = 60.0) -> bytes:
         """What the server answers to these bytes, until it closes or says nothing for long."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as link:
             with contextlib.suppress(OSError):
@@ -98,16 +98,33 @@ class Served:
         text: str = answer.json()["choices"][0]["text"]
         return text
 
-    def settled(self, seconds: float = 5.0) -> None:
-        """Nothing is left behind: no request, no block held, no place taken."""
+    def until(self, holds: Callable[[dict[str, Any]], bool], seconds: float = 60.0) -> dict[str, Any]:
+        """Wait for /server_info of which this holds."""
         limit = time.monotonic() + seconds
-        while True:
-            info = self.info()
-            engine = info["engine"]
-            if not engine["requests"] and not engine["referenced_blocks"] and not info["admitted"]:
-                return
+        while not holds(info := self.info()):
             assert time.monotonic() < limit, info
-            time.sleep(0.05)
+            time.sleep(0.02)
+        return info
+
+    def busy(self, requests: int = 1) -> dict[str, Any]:
+        """Wait until the engine has so many requests and has computed some of their tokens."""
+        begun = self.info().get("engine", {}).get("steps", 0)
+
+        def holds(info: dict[str, Any]) -> bool:
+            engine = info.get("engine", {"requests": 0, "steps": 0})
+            fresh = engine["steps"] < begun  # the engine was replaced meanwhile
+            return engine["requests"] >= requests and (engine["steps"] >= begun + 3 or (fresh and engine["steps"] >= 3))
+
+        return self.until(holds)
+
+    def settled(self, seconds: float = 30.0) -> None:
+        """Nothing is left behind: no request, no block held, no place taken. The limit is for machines that do more."""
+
+        def holds(info: dict[str, Any]) -> bool:
+            engine = info["engine"]
+            return not engine["requests"] and not engine["referenced_blocks"] and not info["admitted"]
+
+        self.until(holds, seconds)
 
     def fault(self, kind: str, value: int = 0) -> None:
         assert self.post(f"/debug/fault?kind={kind}&value={value}").status_code == 200
@@ -121,7 +138,7 @@ class Served:
         finally:
             self.fault("slow", 0)
 
-    def stop(self, seconds: float = 20.0) -> int:
+    def stop(self, seconds: float = 120.0) -> int:
         """SIGTERM; the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import threading
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +22,9 @@ LONG = {**CANARY, "max_tokens": 1800, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
     limits = ("max_queued=4", "max_body_bytes=100000", "max_body_chunks=200", "body_timeout_s=1",
-              "header_timeout_s=1", "queue_timeout_s=1.5")  # fmt: skip
+              "header_timeout_s=1", "queue_timeout_s=2")  # fmt: skip
     options = [part for limit in limits for part in ("--set", limit)]
-    with served("--max-num-seqs", "4", "--request-timeout", "3", *options) as running:
+    with served("--max-num-seqs", "4", "--request-timeout", "4", *options) as running:
         yield running
 
 
@@ -85,27 +85,19 @@ def test_7_large_and_many_headers(server: Served) -> None:
 
 def test_7_slow_headers_and_bodies(server: Served) -> None:
     began = time.monotonic()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as link:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
         link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost")
         assert link.recv(100) == b""
-    assert time.monotonic() - began < 3
-    raw = server.raw(head("Content-Length: 100") + b"{", seconds=5)
+    assert time.monotonic() - began < 8  # it would be 10 by default
+    raw = server.raw(head("Content-Length: 100") + b"{")
     assert status_of(raw) == 408
 
 
 def test_31_a_burst_is_refused_at_once(server: Served) -> None:
+    """Ten times the seats at once: whoever is let in gets the answer that it gets alone."""
+    lines = len(server.log)
     with server.slowed(20):
-        took: list[float] = []
-
-        def one(_: int) -> httpx.Response:
-            began = time.monotonic()
-            answer = httpx.post(server.url + COMPLETIONS, json={**CANARY, "ignore_eos": True}, timeout=20)
-            if answer.status_code == 429:
-                took.append(time.monotonic() - began)
-            return answer
-
-        with ThreadPoolExecutor(40) as pool:
-            answers = list(pool.map(one, range(40)))
+        answers = many(server, 40, {**CANARY, "ignore_eos": True})
     counts = {status: sum(one.status_code == status for one in answers) for status in (200, 429)}
     assert sum(counts.values()) == 40
     assert counts[200] >= 8
@@ -113,8 +105,9 @@ def test_31_a_burst_is_refused_at_once(server: Served) -> None:
         if answer.status_code == 429:
             is_refusal(answer, 429, code="server_overloaded")
             assert int(answer.headers["retry-after"]) >= 1
-    texts = {one.json()["choices"][0]["text"] for one in answers if one.status_code == 200}
-    assert len(texts) == 1
+    assert {one.json()["choices"][0]["text"] for one in answers if one.status_code == 200} == {server.canary()}
+    took = [found["seconds"] for line in server.log[lines:] if (found := json.loads(line)).get("status") == 429]
+    assert statistics.median(took) < 0.05
 
 
 def test_more_outputs_than_ever_fit(server: Served) -> None:
@@ -141,26 +134,8 @@ def test_32_a_deadline_in_the_middle_of_a_stream(server: Served) -> None:
     assert parts[0]["choices"][0]["text"]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("after_s", [0.0, 0.3])
-def test_33_whoever_leaves_is_forgotten(server: Served, stream: bool, after_s: float) -> None:
-    body = json.dumps({**LONG, "stream": stream}).encode()
-    with server.slowed(20):
-        links = []
-        for _ in range(8):  # four run, four wait
-            link = socket.create_connection(("127.0.0.1", server.port))
-            link.sendall(head(f"Content-Length: {len(body)}") + body)
-            links.append(link)
-        time.sleep(after_s)
-        for link in links:
-            link.close()
-        server.settled(1.5)
-
-
 def test_connections_that_say_nothing_are_let_go(server: Served) -> None:
-    links = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(50)]
-    closed = threading.Event()
+    links = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(50)]
     assert all(link.recv(1) == b"" for link in links)
-    closed.set()
     for link in links:
         link.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +19,7 @@ ECHO = {**CANARY, "n": 8, "prompt": [7] * 800, "max_tokens": 400, "ignore_eos": 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    limits = ("--set", "stall_timeout_s=1", "--set", "max_stream_bytes=50000")
+    limits = ("--set", "stall_timeout_s=1", "--set", "max_stream_bytes=15000")
     with served("--max-num-seqs", "16", "--kv-cache-memory-bytes", "400000000", *limits) as running:
         yield running
 
@@ -55,7 +54,7 @@ def is_cut(link: socket.socket) -> bool:
 def test_34_a_reader_that_does_not_read_is_cut_off(sound: Served, limit: str) -> None:
     """Others go on meanwhile. With slow steps too little comes to be too much: then it is time that ends it."""
     before = len(cut_offs(sound))
-    with sound.slowed(300 if limit == "time" else 0), unread(sound, ECHO) as link:
+    with sound.slowed(1000 if limit == "time" else 0), unread(sound, ECHO) as link:
         give_up = time.monotonic() + 30
         while len(cut_offs(sound)) == before:
             assert sound.post(COMPLETIONS, {**CANARY, "max_tokens": 1}).status_code == 200
@@ -63,3 +62,26 @@ def test_34_a_reader_that_does_not_read_is_cut_off(sound: Served, limit: str) ->
         sound.settled()
         assert cut_offs(sound)[before:] == [limit]
         assert is_cut(link)
+
+
+def ask(server: Served, body: dict[str, Any]) -> socket.socket:
+    """A connection on which this has been asked."""
+    raw = json.dumps(body).encode()
+    link = socket.create_connection(("127.0.0.1", server.port))
+    link.sendall(head(f"Content-Length: {len(raw)}") + raw)
+    return link
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("when", ["at once", "in the middle"])
+def test_33_whoever_leaves_is_forgotten(sound: Served, stream: bool, when: str) -> None:
+    """Half of them run and half wait. In steps of 20 ms all are gone within a second's worth of steps."""
+    with sound.slowed(20):
+        links = [ask(sound, {**CANARY, "max_tokens": 1800, "ignore_eos": True, "stream": stream}) for _ in range(32)]
+        if when == "in the middle":
+            sound.busy(16)
+        for link in links:
+            link.close()
+        steps = sound.info()["engine"]["steps"]
+        sound.settled()
+        assert sound.info()["engine"]["steps"] - steps < 63  # 50, and those between two beats
