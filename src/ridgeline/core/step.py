@@ -132,13 +132,22 @@ class StepResult:
     padding: int = 0
 
 
+class Verified(NamedTuple):
+    """A draft tree and what became of it. root: the token before it; accepted: its nodes that became tokens, top
+    down."""
+
+    root: int
+    tree: TokenTree
+    accepted: Sequence[int]
+
+
 @dataclass(slots=True)
 class StepRecord:
     """One step for the record: decided, predicted, measured (seconds).
 
     spans: (new, visible) a request. sampled: requests that got a next token. drafted, accepted: nodes of trees
-    that were verified and that became tokens; draft_s: what drafting them took. predicted_s: None while nothing
-    predicts. padding: rows computed for nobody.
+    that were verified and that became tokens; draft_s: what drafting them took; verified: these trees, one by one.
+    predicted_s: None while nothing predicts. padding: rows computed for nobody.
     host_s: scheduling, preparation and commit, i.e. the step less the executor's part; with overlap this and
     the device's part of the step before happen at the same time.
     """
@@ -159,6 +168,7 @@ class StepRecord:
     drafted: int = 0
     accepted: int = 0
     draft_s: float = 0.0
+    verified: tuple[Verified, ...] = ()
 
     @property
     def tokens(self) -> int:
