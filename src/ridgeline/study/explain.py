@@ -177,6 +177,7 @@ class Watched:
     def run(self, plan: StepPlan) -> Handle:
         result = self._built.runner.run(plan, self._ops[plan.kind])
         self.steps.append((plan.kind, self._timer.take()))
+        result.device_s -= self._timer.paused_s
         return _Done(result)
 
     def close(self) -> None: ...
