@@ -7,10 +7,10 @@ bound: the sizer's own formula with the acceptance that the arms with given size
 
     PYTHONPATH=src python3 -m benchmarks.gpu_speculation --batches 1 --temperatures 0 0.8 --out $OUT
     PYTHONPATH=src python3 -m benchmarks.gpu_speculation --adversary --batches 1 8 64 --out $OUT
-    PYTHONPATH=src python3 -m benchmarks.gpu_speculation --second DIR --batches 1 4 --out $OUT
+    PYTHONPATH=src python3 -m benchmarks.gpu_speculation --merge --batches 1 4 --out $OUT
 
---adversary puts a drafter of the same shape with random weights in the drafter's place; --second DIR adds another
-drafter, whose trees are merged with the first's at equal nodes.
+--adversary puts a drafter of the same shape with random weights in the drafter's place; --merge sets one drafter beside
+one and n-grams, and beside two (--second DIR), at equal nodes.
 """
 
 from __future__ import annotations
@@ -74,13 +74,18 @@ BESIDE = (NONE, SIZED, *map(chain, (1, 2, 3, 4)), tree(2, 2), tree(4, 2, 1, 1))
 ADVERSARY = (NONE, SIZED, chain(4), tree(4, 2, 1, 1))
 
 
-def merging(nodes: int) -> tuple[Arm, ...]:
-    """One drafter and two at equal nodes."""
-    config = {"method": "tree", "num_speculative_tokens": nodes}
-    return Arm(f"one, {nodes} nodes", config, (0,)), Arm(f"two, {nodes} nodes", config, (0, 1))
+MERGED_NODES = (8, 16, 32)
 
 
-MERGED = (NONE, *merging(8), *merging(16), *merging(32))
+def merging(second: bool) -> tuple[Arm, ...]:
+    """One drafter, one and n-grams, and two drafters, at equal nodes."""
+    arms = [NONE]
+    for nodes in MERGED_NODES:
+        config = {"method": "tree", "num_speculative_tokens": nodes}
+        arms += [Arm(f"one, {nodes} nodes", config, (0,))]
+        arms += [Arm(f"one and n-grams, {nodes} nodes", {**config, "model": ["one", "ngram"]}, (0,))]
+        arms += [Arm(f"two, {nodes} nodes", config, (0, 1))] if second else []
+    return tuple(arms)
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
@@ -98,7 +103,8 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--kernels", default="auto")
     result.add_argument("--dtype", default="bfloat16")
     result.add_argument("--drafter", type=Path, help="a checkpoint instead of the embedded model's own drafter")
-    result.add_argument("--second", type=Path, help="another drafter, to be merged with the first")
+    result.add_argument("--merge", action="store_true", help="drafters merged, at equal nodes")
+    result.add_argument("--second", type=Path, help="with --merge: another drafter")
     result.add_argument("--adversary", action="store_true", help="a drafter with random weights")
     result.add_argument("--prompts", type=Path, help="a file of HumanEval prompts, one JSON object a line")
     result.add_argument("--prompts-count", type=int, default=6, help="prompts at batch 1")
@@ -184,7 +190,7 @@ def fill_drafter(model: DraftModel, source: Path, adversary: bool) -> None:
 def at_temperature(record: Record, llm: LLM, prompts: Sequence[str], temperature: float) -> None:
     """Every batch, and the curves."""
     options = record.options
-    arms: tuple[Arm, ...] = ADVERSARY if options.adversary else MERGED if options.second else ()
+    arms: tuple[Arm, ...] = ADVERSARY if options.adversary else merging(bool(options.second)) if options.merge else ()
     sides = Sides(llm, arms or list(dict.fromkeys((*ALONE, *BESIDE))))
     speedups: dict[str, dict[int, Any]] = {}
     for batch in options.batches:
@@ -195,12 +201,12 @@ def at_temperature(record: Record, llm: LLM, prompts: Sequence[str], temperature
         found = compare(sides, here, batch, temperature, chosen, options.new, options.rounds)
         record.observe(title)
         given = sum((sides.counts[arm.name] for arm in here if arm.config and not arm.sized), Counts())
-        bounds = {} if options.second else bounds_of(llm, sides, given, found, options.hardware)
+        bounds = {} if options.merge else bounds_of(llm, sides, given, found, options.hardware)
         record.summary[title] = {
             **found.as_dict(),
             "bounds_tokens_per_s": bounds,
             "accepted": {arm.name: sides.counts[arm.name].as_dict() for arm in here if arm.config},
-            **({} if options.second else {"learned": sides.priced(AUTO)}),
+            **({} if options.merge else {"learned": sides.priced(AUTO)}),
         }
         record.timings[title] = found.timings()
         record.table(f"{title[0].upper()}{title[1:]}: {len(chosen)} prompts", COLUMNS, found.rows())
@@ -222,12 +228,8 @@ def bounds_of(llm: LLM, sides: Sides, counts: Counts, found: Compared, hardware:
     target's steps at the roofs of the machine."""
     learned = sides.speculators[AUTO]
     assert learned is not None
-    batch, level_s = found.batch, learned.draft_seconds(found.batch)
-    result = {
-        "measured seconds": bound(
-            counts, batch, lambda nodes: learned.target_s(batch, nodes), lambda depth: depth * level_s
-        ).tokens_per_s
-    }
+    batch, draft = found.batch, learned.draft_seconds
+    result = {"measured seconds": bound(counts, batch, learned.seconds, draft, learned.plain_seconds).tokens_per_s}
     machine = find(hardware) if hardware else None
     if machine is None and torch.cuda.is_available():
         machine = named(torch.cuda.get_device_name())
@@ -238,12 +240,12 @@ def bounds_of(llm: LLM, sides: Sides, counts: Counts, found: Compared, hardware:
     step_s = StepSeconds(built.price, lambda name, kind, cost: roofline.seconds(cost, kind))
     context = round(found.context)
 
-    def target(nodes: int) -> float:
-        each, rest = divmod(nodes, batch)
-        new = tuple(1 + each + (place < rest) for place in range(batch))
-        return step_s(Spans(new, tuple(context + one for one in new)), batch + nodes)
+    def target(rows: int) -> float:
+        each, rest = divmod(rows, batch)
+        new = tuple(each + (place < rest) for place in range(batch))
+        return step_s(Spans(new, tuple(context + one for one in new)), rows)
 
-    result["roofs"] = bound(counts, batch, target, lambda depth: depth * level_s).tokens_per_s
+    result["roofs"] = bound(counts, batch, target, draft).tokens_per_s
     return result
 
 
@@ -255,12 +257,14 @@ def judge(record: Record, title: str, temperature: float, found: Compared, bound
     def line(text: str, target: str, measured: str, met: bool) -> None:
         record.target(f"{text}, {title}", target, measured, met if counts else None)
 
-    if options.second:
-        for nodes in (8, 16, 32):
-            shares = [found.as_dict()["arms"][f"{who}, {nodes} nodes"]["accepted_share"] for who in ("one", "two")]
-            gain = shares[1] / max(shares[0], 1e-9)
-            line(f"two drafters over one, accepted a verified node, {nodes} nodes", f"≥ {MERGE_GAIN}×",
-                 f"{gain:.3f}×", gain >= MERGE_GAIN)  # fmt: skip
+    if options.merge:
+        for nodes in MERGED_NODES:
+            alone = found.accepted_share(f"one, {nodes} nodes")
+            for who in ("one and n-grams", "two"):
+                if (name := f"{who}, {nodes} nodes") in found.runs:
+                    gain = found.accepted_share(name) / max(alone, 1e-9)
+                    text = f"accepted a verified node, {name}, over one"
+                    line(text, f"≥ {MERGE_GAIN}×", f"{gain:.3f}×", gain >= MERGE_GAIN)
         return
     over, best = found.over(AUTO, NONE.name), found.over(AUTO, found.best_static)
     what = "adversarial drafter, " if options.adversary else ""

@@ -24,10 +24,10 @@ from ridgeline import LLM, SamplingParams
 from ridgeline.core.request import Request
 from ridgeline.core.speculation import Speculation
 from ridgeline.core.step import StepRecord
-from ridgeline.core.tree import MOST_NODES
 from ridgeline.core.tree import ROOT as TREE_ROOT
-from ridgeline.speculate.speculator import DEEPEST, WIDTH, Round, Speculator
-from ridgeline.speculate.tree_size import DraftPrice, Sizes, TargetPrice, Want, choose_sizes
+from ridgeline.speculate.acceptance import DEEPEST
+from ridgeline.speculate.speculator import CONSIDERED, WIDTH, Round, Speculator
+from ridgeline.speculate.tree_size import Price, Sizes, choose_sizes, likeliest
 
 HUMAN_EVAL = Path("data") / "prompts" / "human_eval_first_half.jsonl"
 GRAM, REPEATS = 8, 2
@@ -291,6 +291,10 @@ class Compared:
         """Tokens a second of an arm."""
         return median(self.rates[name])
 
+    def accepted_share(self, name: str) -> float:
+        """Of an arm's verified nodes."""
+        return sum(one.accepted for one in self.runs[name]) / max(1, sum(one.drafted for one in self.runs[name]))
+
     def as_dict(self) -> dict[str, Any]:
         return {"best_static": self.best_static, "arms": {name: self._arm(name) for name in self.runs}}
 
@@ -303,7 +307,7 @@ class Compared:
             "over_best_static": self.over(name, self.best_static),
             "tokens_a_step": sum(one.tokens for one in runs) / steps / self.batch,
             "nodes_a_step": drafted / steps / self.batch,
-            "accepted_share": sum(one.accepted for one in runs) / max(1, drafted),
+            "accepted_share": self.accepted_share(name),
             "draft_share_of_time": sum(one.draft_s for one in runs) / sum(one.decode_s for one in runs),
             "same_outputs": self.same[name],
         }
@@ -379,11 +383,11 @@ def _by_round(runs: Sequence[Run], groups: int) -> list[float]:
     return [sum(one.tokens for one in part) / sum(one.decode_s for one in part) for part in rounds]
 
 
-def bound(counts: Counts, requests: int, target: TargetPrice, draft: DraftPrice) -> Sizes:
+def bound(counts: Counts, requests: int, target: Price, draft: Price, plain: Price | None = None) -> Sizes:
     """The most tokens a second that trees can make by the sizer's own formula: with chances as they were counted, at
-    given seconds of the target's step by its nodes, and of drafting by levels."""
-    wants = [Want(DEEPEST, MOST_NODES)] * requests
-    return choose_sizes(wants, counts.chance, target, draft, WIDTH, DEEPEST)
+    given seconds by rows of the target's step with trees (and without: plain), and of a pass of drafting."""
+    shape = likeliest(counts.chance, WIDTH, DEEPEST, CONSIDERED)
+    return choose_sizes(requests, 0, shape, DEEPEST, target, draft, plain=plain)
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

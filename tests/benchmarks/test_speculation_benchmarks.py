@@ -81,13 +81,15 @@ def test_an_adversary_changes_nothing_and_is_turned_off(bench: Bench) -> None:
     assert any(note.startswith("batch 3, temperature 0, adversarial drafter") for note in result["notes"])
 
 
-def test_two_drafters_have_as_many_nodes_as_one(bench: Bench, tiny: Path) -> None:
+def test_merged_drafters_have_as_many_nodes_as_one(bench: Bench, tiny: Path) -> None:
     on_cpu = ("--device", "cpu", "--kernels", "reference", "--dtype", "float32")
-    result = bench(gpu_speculation, *on_cpu, "--second", str(tiny))
+    result = bench(gpu_speculation, *on_cpu, "--merge", "--second", str(tiny))
     arms = result["summary"]["batch 1, temperature 0"]["arms"]
     for nodes in (8, 16, 32):
-        assert arms[f"two, {nodes} nodes"]["nodes_a_step"] <= nodes
-    assert sum("accepted a verified node" in one["line"] for one in result["targets"]) == 6
+        for who in ("one", "one and n-grams", "two"):
+            assert 0 < arms[f"{who}, {nodes} nodes"]["nodes_a_step"] <= nodes
+    assert all(one["same_outputs"] == 1.0 for one in arms.values())
+    assert sum("accepted a verified node" in one["line"] for one in result["targets"]) == 12
 
 
 def test_shapes_of_trees_on_a_cpu(tmp_path: Path) -> None:
@@ -123,9 +125,10 @@ def test_the_bound_is_the_formula() -> None:
     """A chain's: with a chance of 1/2 at every depth and free drafting, two levels where rows are free up to three."""
     counts = Counts()
     counts.trials[1, 0], counts.hits[1, 0] = 10, 5
-    most = bound(counts, 1, lambda nodes: 1.0 if nodes <= 2 else 100.0, lambda depth: 0.0)
+    most = bound(counts, 1, lambda rows: 1.0 if rows <= 3 else 100.0, lambda rows: 0.0)
     assert most.tokens_per_s == pytest.approx(1 + 0.5 + 0.25)
-    assert bound(counts, 1, lambda nodes: 1.0 + nodes, lambda depth: 0.0).depth == 0
+    assert bound(counts, 1, float, lambda rows: 0.0).depth == 0
+    assert bound(counts, 1, lambda rows: 3.0, lambda rows: 0.0, plain=lambda rows: 1.0).depth == 0
 
 
 def test_loops_are_runs_that_come_again_and_again() -> None:

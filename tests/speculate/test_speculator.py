@@ -1,4 +1,4 @@
-"""What is drafted when: rests and probes, trees that follow each context's chances, and what is learned of prices."""
+"""What is drafted when: probes, trees that follow each context's chances, and what is learned of prices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ridgeline.core.step import Accepted, Chunk, Sampling, StepPlan, StepResult,
 from ridgeline.core.tree import ROOT, TokenTree
 from ridgeline.speculate.draft_model import Growth, Proposal
 from ridgeline.speculate.seconds import Seconds
-from ridgeline.speculate.speculator import KEPT_STEPS, PROBE_RESTS, Speculator
+from ridgeline.speculate.speculator import PROBE_STEPS, Speculator
 
 CHEAP, DEAR = Seconds({1: 1.0, 64: 1.1}), Seconds({1: 1.0, 2: 9.0, 64: 99.0})
 PARAMS = SamplingParams(temperature=0.0)
@@ -28,6 +28,7 @@ class Drafter:
         self.pass_s = pass_s
         self.now = 0.0
         self.passes: list[int] = []
+        self.last_rows = 0
 
     def clock(self) -> float:
         return self.now
@@ -35,6 +36,7 @@ class Drafter:
     def propose(self, growths: Sequence[Growth], count: int) -> list[list[Proposal]]:
         self.now += self.pass_s
         self.passes.append(len(growths))
+        self.last_rows = sum(len(growth.at) for growth in growths)
         proposed = []
         for growth in growths:
             if growth.at != [ROOT]:
@@ -82,25 +84,20 @@ def verified(one: Speculator, trees: dict[str, TokenTree], how_far: Callable[[st
     one.learn(plan, StepResult(accepted=accepted), step_s)
 
 
-def test_where_trees_never_pay_it_rests_and_probes() -> None:
+def test_where_trees_never_pay_one_is_tried_now_and_then() -> None:
     drafter = Drafter()
     one = speculator(drafter, DEAR)
-    chosen = requests("a")
-    drafted, resting = [], []
-    for _ in range(2 * KEPT_STEPS * (PROBE_RESTS + 1)):
-        drafted.append(bool(draft(one, chosen)))
-        resting.append(one.rests)
-    assert 1 <= len(drafter.passes) <= 3  # a probe after so many rests
-    assert sum(resting) >= len(resting) * (KEPT_STEPS - 1) // KEPT_STEPS - 2
-    assert not any(ahead and now for ahead, now in zip(resting, drafted[1:]))  # never a draft where it said none
+    trees = [draft(one, requests("a")) for _ in range(3 * PROBE_STEPS)]
+    assert 1 <= len(drafter.passes) <= 3
+    assert sum(map(len, trees)) <= 3
 
 
-def test_where_trees_pay_it_never_rests() -> None:
+def test_where_trees_pay_there_is_always_one() -> None:
     one = speculator(Drafter(["a"]), CHEAP)
     for _ in range(40):
         trees = draft(one, requests("a"))
         assert trees
-        assert not one.rests
+        assert one.pays(1)
         verified(one, trees, lambda name: 9, 1.0)
     assert one.tally.steps == 40
 
@@ -148,7 +145,7 @@ def test_steps_with_trees_and_without_have_prices_of_their_own() -> None:
         verified(one, trees, lambda name: 3, 2.0)
     assert trees
     crowd = requests("a", "b", "c", "d")
-    for _ in range(60):
+    for _ in range(150):
         trees = draft(one, crowd)
         verified(one, trees, lambda name: 0, 2.0 if trees else 1.1)
     assert not trees

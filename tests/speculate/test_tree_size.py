@@ -1,90 +1,93 @@
-"""The sizer against brute force: no other depth and number of nodes promises more, and what it says is what it did."""
+"""How large trees are made: the likeliest nodes, and the most tokens a second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ridgeline.speculate.tree_size import Sizes, Want, choose_sizes
+from ridgeline.speculate.tree_size import Shape, choose_sizes, likeliest
 
-WIDTH, DEEPEST = 3, 6
-
-
-def chance(depth: int, rank: int) -> float:
-    return (0.8 - 0.03 * depth) * (0.25**rank)
-
-
-def flat(until: int, then: float) -> Callable[[int], float]:
-    """A machine that computes so many rows for the price of one; beyond, each costs `then`."""
-    return lambda rows: 1.0 + then * max(0, rows - until)
+CHANCES = st.lists(st.lists(st.floats(0.01, 0.9), min_size=2, max_size=2), min_size=3, max_size=3)
+"""By depth and rank."""
 
 
-def choose(wants: list[Want], seconds: Callable[[int], float], level_s: float) -> Sizes:
-    return choose_sizes(
-        wants, chance, lambda nodes: seconds(len(wants) + nodes), lambda depth: depth * level_s, WIDTH, DEEPEST
-    )
+def shape_of(chances: Sequence[Sequence[float]], most: int) -> Shape:
+    return likeliest(lambda depth, rank: chances[depth - 1][rank], len(chances[0]), len(chances), most)
 
 
-def best_by_hand(count: int, seconds: Callable[[int], float], level_s: float) -> float:
-    """The best rate over all depths and numbers of nodes, requests that all want the same."""
-    best = count / seconds(count)
-    for depth in range(1, DEEPEST + 1):
-        values, path = [], 1.0
-        for level in range(1, depth + 1):
-            values += [path * chance(level, rank) for rank in range(WIDTH)]
-            path *= chance(level, 0)
-        pool = sorted(values * count, reverse=True)
-        for nodes in range(1, len(pool) + 1):
-            rate = (count + sum(pool[:nodes])) / (seconds(count + nodes) + depth * level_s)
-            best = max(best, rate)
-    return best
+def every_value(chances: Sequence[Sequence[float]]) -> list[float]:
+    """The chance of every node of the whole tree, largest first."""
+    values = []
+    for depth in range(1, len(chances) + 1):
+        for path in itertools.product(range(len(chances[0])), repeat=depth):
+            value = 1.0
+            for level, rank in enumerate(path):
+                value *= min(0.99, chances[level][rank])
+            values.append(value)
+    return sorted(values, reverse=True)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 40])
-@pytest.mark.parametrize(("until", "then"), [(64, 0.01), (8, 0.05), (1, 0.2), (200, 0.005)])
-@pytest.mark.parametrize("level_s", [0.0, 0.05, 0.3])
-def test_nothing_promises_more(count: int, until: int, then: float, level_s: float) -> None:
-    seconds = flat(until, then)
-    sizes = choose([Want(DEEPEST, 256)] * count, seconds, level_s)
-    best = best_by_hand(count, seconds, level_s)
-    assert sizes.tokens_per_s <= best * (1 + 1e-9)
-    assert sizes.tokens_per_s >= 0.995 * best  # beyond 16 nodes not every number is tried
-    assert sizes.plain_per_s == pytest.approx(count / seconds(count))
+@given(CHANCES, st.integers(1, 14))
+def test_the_likeliest_nodes_make_a_tree(chances: list[list[float]], most: int) -> None:
+    shape = shape_of(chances, most)
+    assert shape.values == pytest.approx(every_value(chances)[:most])
+    for place, parent in enumerate(shape.parents):
+        assert parent < place
+        assert shape.depths[place] == (1 if parent < 0 else shape.depths[parent] + 1)
+    flat = shape.within(1)
+    assert set(flat.depths) <= {1}
+    assert set(flat.parents) <= {-1}
 
 
-def test_less_where_rows_cost_more() -> None:
-    """A tree where rows are free, a chain where they cost something, nothing where they cost what they bring."""
-    one = [Want(DEEPEST, 256)]
-    tree, chain = choose(one, flat(64, 1.0), 0.02), choose(one, flat(1, 0.12), 0.02)
-    nothing = choose(one, flat(1, 1.0), 0.02)
-    assert tree.nodes[0] > tree.depth
-    assert chain.nodes[0] == chain.depth > 0
-    assert (nothing.depth, nothing.nodes) == (0, (0,))
-    assert nothing.tokens_per_s == nothing.plain_per_s
+@given(CHANCES, st.integers(1, 9), st.integers(0, 5), st.floats(0.0, 0.3), st.floats(0.0, 0.3))
+def test_no_other_tree_is_worth_more(
+    chances: list[list[float]], requests: int, others: int, row_s: float, pass_s: float
+) -> None:
+    """Beside every tree that the likeliest nodes of a depth make, with straight prices."""
+    shape = shape_of(chances, 12)
+
+    def target(rows: int) -> float:
+        return 1.0 + row_s * rows
+
+    def rate(depth: int, nodes: int) -> float:
+        tree = shape.within(depth)
+        expected = requests * (1 + sum(tree.values[:nodes]))
+        return expected / (target(requests * (1 + nodes) + others) + pass_s * max(tree.depths[:nodes], default=0))
+
+    sizes = choose_sizes(requests, others, shape, 3, target, lambda rows: pass_s)
+    best = max(rate(depth, nodes) for depth in (1, 2, 3) for nodes in range(len(shape.within(depth)) + 1))
+    assert sizes.tokens_per_s == pytest.approx(rate(sizes.depth, sizes.nodes) if sizes.depth else rate(1, 0))
+    assert best * 0.8 <= sizes.tokens_per_s <= best * (1 + 1e-9)
+    assert sizes.tokens_per_s >= sizes.plain_per_s == pytest.approx(rate(1, 0))
 
 
-def test_nodes_go_where_they_are_likely_and_where_there_is_room() -> None:
-    sure, doubtful, short = Want(DEEPEST, 256), Want(DEEPEST, 256, quality=0.3), Want(1, 2)
-    sizes = choose([doubtful, sure, short, sure], flat(20, 1.0), 0.01)
-    assert sum(sizes.nodes) == 16  # as many as are free
-    assert min(sizes.nodes[1], sizes.nodes[3]) > sizes.nodes[0]
-    assert abs(sizes.nodes[1] - sizes.nodes[3]) <= 1
-    assert sizes.nodes[2] <= 2
+def test_where_rows_are_free_trees_are_large_and_where_they_are_dear_there_are_none() -> None:
+    shape = shape_of([[0.7, 0.15]] * 6, 64)
+    free = choose_sizes(1, 0, shape, 6, lambda rows: 1.0, lambda rows: 0.02)
+    dear = choose_sizes(1, 0, shape, 6, lambda rows: float(rows), lambda rows: 0.02)
+    crowd = choose_sizes(256, 0, shape, 6, lambda rows: max(1.0, rows / 200), lambda rows: 0.02)
+    some = choose_sizes(16, 0, shape, 6, lambda rows: max(1.0, rows / 200), lambda rows: 0.02)
+    assert free.nodes == 64
+    assert free.tokens_per_s > 2.5 * free.plain_per_s
+    assert (dear.depth, dear.nodes) == (crowd.depth, crowd.nodes) == (0, 0)
+    assert dear.tokens_per_s == dear.plain_per_s
+    assert 1 < some.nodes < free.nodes
+    assert some.least_chance > 0.0
 
 
-def test_what_is_left_goes_to_the_first() -> None:
-    sizes = choose([Want(1, 1)] * 5, flat(8, 1.0), 0.01)
-    assert sizes.nodes == (1, 1, 1, 0, 0)
+def test_drafting_that_costs_as_much_as_decoding_is_left_out() -> None:
+    """The class's suspicion, in figures: a drafter as slow as the target cannot pay, however good."""
+    shape = shape_of([[0.98]] * 6, 6)
+    sizes = choose_sizes(1, 0, shape, 6, lambda rows: 1.0, lambda rows: 1.0)
+    assert sizes.depth == 0
 
 
-def test_many_requests_cost_little() -> None:
-    """Requests that want the same are looked at once: prices are asked a few hundred times, however many there are."""
-    asked = [0]
-
-    def target(nodes: int) -> float:
-        asked[0] += 1
-        return flat(1000, 0.001)(256 + nodes)
-
-    choose_sizes([Want(12, 256)] * 256, chance, target, lambda depth: 0.05 * depth, 4, 12)
-    assert asked[0] < 1000
+def test_a_step_has_room_for_so_many_rows() -> None:
+    shape = shape_of([[0.7, 0.15]] * 6, 64)
+    sizes = choose_sizes(10, 0, shape, 6, lambda rows: 1.0, lambda rows: 0.0, most_rows=50)
+    assert 10 * (1 + sizes.nodes) <= 50
+    assert sizes.nodes == 4

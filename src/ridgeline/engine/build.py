@@ -81,6 +81,15 @@ class Built:
     speculator: Speculator | None = None
     tokenizer_directory: Path | None = None
 
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Steps without speculation, to compare with. No request may be under way at either end."""
+        kept, self.engine.speculator = self.engine.speculator, None
+        try:
+            yield
+        finally:
+            self.engine.speculator = kept
+
     def lines(self) -> list[str]:
         """What was decided and why, and the memory ledger: for a log."""
         names = [one.name for one in fields(self.config) if one.name != "reasons"]
@@ -204,7 +213,7 @@ def _draft_plans(
             f"trees of up to {speculation.most_nodes} nodes need an attention window of {most} tokens, {directory} "
             f"has {window}: set num_speculative_tokens to at most {window // WORD_BITS * WORD_BITS}",
         )
-    names: Sequence[str | Path] = speculation.models
+    names: Sequence[str | Path] = speculation.checkpoints
     if speculation.method == "ngram":
         return []
     if not names:

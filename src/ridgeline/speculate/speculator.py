@@ -10,49 +10,81 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ridgeline.core.request import Request
 from ridgeline.core.speculation import Speculation
 from ridgeline.core.step import Accepted, StepPlan, StepResult
 from ridgeline.core.tree import MOST_NODES, ROOT, Sketch, TokenTree, merged
-from ridgeline.speculate.acceptance import Acceptance
+from ridgeline.run.verify import Draws, Path, Trial, seeded
+from ridgeline.speculate.acceptance import DEEPEST, RANKS, Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
 from ridgeline.speculate.ngram import SuffixIndex
 from ridgeline.speculate.seconds import Seconds
-from ridgeline.speculate.tree_size import Sizes, Want, choose_sizes
+from ridgeline.speculate.tree_size import Shape, Sizes, choose_sizes
 
 Room = Callable[[Request, int], int]
 """(request, nodes wanted) -> nodes granted, their slots reserved."""
 
-DEEPEST = 12
 WIDTH = 4
 """Siblings that are considered at each node, when the sizer decides."""
 
-KEPT_STEPS = 16
-"""A choice of sizes holds so long, while the same requests go on: chances and prices change slowly. One for no trees
-holds whoever comes, and steps may overlap meanwhile."""
+CONSIDERED = 64
+"""Nodes of a request's tree, when the sizer decides."""
 
-PROBE_RESTS = 8
-"""Without trees nothing is learned, so after so many rests a small one is tried."""
+ROOM = 2
+"""A request may have so many times the nodes that the sizer counts with: what is drafted decides, node by node."""
 
-SLACK = 2
-"""Times the nodes of an average tree that one may have whose tokens are surer."""
+BREADTH = 16
+"""Nodes of a level, at most, behind which a tree grows on."""
 
-FIXED_SHARE = 0.05
-"""How much of a new reading goes into what drafting takes beside its passes."""
+REFRESH_STEPS = 32
+"""Sizes are chosen anew every so many steps, at first more often."""
+
+PROBE_STEPS = 128
+"""Without trees nothing is learned, so every so many steps a small one is tried."""
 
 NGRAM_DEPTH = 10
+
+DRAFTING, VERIFYING = 1, 2
+"""Stages of a round's own random numbers. The noise that chooses tokens is another."""
 
 
 @dataclass(slots=True)
 class _Drafted:
-    """A tree under way: each node's rank, its drafter's probability, and which drafter it came from."""
+    """A tree under way: each node's rank, its drafter's probability, and which drafter it came from. draws: how its
+    children were drawn, if they were."""
 
     tree: TokenTree
     ranks: list[int]
     chances: list[float]
     sources: list[int]
+    draws: Draws | None = None
+
+
+class _Drawn:
+    """A tree whose children are drawn: how many where, and what they were drawn from. counts: by place, a path of
+    ranks. trials: by path of tokens."""
+
+    def __init__(self, counts: Mapping[Path, int]) -> None:
+        self._counts = counts
+        self._places: dict[int, Path] = {ROOT: ()}
+        self.trials: dict[Path, list[Trial]] = {}
+
+    def counts(self, nodes: Sequence[int]) -> list[int]:
+        """How many children to draw behind each of these nodes."""
+        return [self._counts.get(self._places[node], 0) for node in nodes]
+
+    def going_on(self, growth: Growth, proposed: Sequence[Proposal], following: Sequence[int]) -> list[int]:
+        """Take in what was drawn behind `growth.at`, the nodes `following`; those behind which more is to be drawn."""
+        drawn = iter(following)
+        for parent, one in zip(growth.at, proposed):
+            self.trials[growth.sketch.path_tokens(parent)] = one.trials
+            for rank in range(len(one.trials)):
+                self._places[next(drawn)] = (*self._places[parent], rank)
+        going = [node for node in following if self._counts.get(self._places[node], 0)]
+        growth.counts = self.counts(going)
+        return going
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +126,7 @@ class Speculator:
 
     speculation: what was asked for. models: the draft models, none for n-grams. seconds: of a step of the target with
     trees, by its rows; plain_seconds: of one without, which has kernels of its own and less to prepare;
-    draft_seconds: of a pass of the draft models by requests. All learn from what steps take. most_rows: known tokens
+    draft_seconds: of a pass of the draft models by its rows. All learn from what steps take. most_rows: known tokens
     and nodes of a step, over all requests.
     """
 
@@ -123,12 +155,10 @@ class Speculator:
         self._clock = clock
         self._drafted: dict[str, _Drafted] = {}
         self._indices: dict[str, SuffixIndex] = {}
-        self._rests = 0  # in a row
-        self._rest_steps = 0
-        self._chosen: tuple[tuple[int, list[Want]], Sizes] | None = None
-        self._keep_steps = 0
-        self._fixed_s = 0.0  # of drafting for one request, beside the passes
-        self._passes_s = 0.0  # of the last draft, at their prices
+        self._shapes: dict[int, Shape] = {}
+        self._chosen: dict[tuple[int, int], Sizes] = {}
+        self._stale_at = 0
+        self._without = 0
         self.last_draft_s = 0.0
         """What drafting for the last step took."""
 
@@ -137,123 +167,146 @@ class Speculator:
         """Whether the sizer decides."""
         return not self.speculation.widths and self.speculation.nodes is None
 
-    @property
-    def rests(self) -> bool:
-        """Whether nothing will be drafted for the next step, whatever it is."""
-        return self._rest_steps > 0
+    def pays(self, requests: int) -> bool:
+        """Whether so many requests, all at their last tokens, would get trees now. Asked while nothing is drafted,
+        it counts the steps that go by, and says yes now and then for the sake of learning."""
+        if not self.sized:
+            return requests > 0
+        if not requests:
+            return False
+        if self._choose(requests, 0).depth:
+            return True
+        self._without += 1
+        return self._without >= PROBE_STEPS
 
-    def draft(self, chosen: Sequence[tuple[Request, int]], room: Room, deepest: Callable[[Request], int],
-              table: Callable[[str], Sequence[int]]) -> dict[str, TokenTree]:  # fmt: skip
+    def draft(
+        self,
+        chosen: Sequence[tuple[Request, int]],
+        room: Room,
+        deepest: Callable[[Request], int],
+        table: Callable[[str], Sequence[int]],
+    ) -> dict[str, TokenTree]:
         """Trees for requests that are chosen for their next token, those for whom one pays and is possible.
 
         room, deepest: what the scheduler grants. table: a request's blocks.
         """
         began = self._clock()
         self._drafted = {}
-        self._passes_s = 0.0
-        if self._rest_steps > 0:
-            self._rest_steps -= 1
-            self.last_draft_s = 0.0
-            return {}
-        growing: list[tuple[Request, int, int]] = []
-        candidates = [
-            (request, deepest(request))
-            for request, new in chosen
-            if new == 1 and not request.unread and request.planned == len(request.tokens) - 1 >= request.prompt_len
-        ]
-        candidates = [(request, depth) for request, depth in candidates if depth > 0]
+        candidates = []
+        for request, new in chosen:
+            if new == 1 and not request.unread and request.planned == len(request.tokens) - 1 >= request.prompt_len:
+                depth = deepest(request)
+                if depth > 0:
+                    candidates.append((request, depth))
         if candidates:
-            known = sum(new for _, new in chosen)
-            sizes = self._sizes([Want(min(depth, DEEPEST), MOST_NODES) for _, depth in candidates], known)
-            self.sizes = sizes
+            sizes = self.sizes = self._sizes(len(candidates), sum(new for _, new in chosen) - len(candidates))
             if sizes.depth:
-                self._rests = 0
+                self._without = 0
+                shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
+                most = min(MOST_NODES, ROOM * sizes.nodes) if shaped else sizes.nodes
+                growing = []
                 left = self.most_rows - len(chosen)
-                shaped = self.sized and bool(self.models)  # by each context's own chances, once they are known
-                slack = SLACK if shaped and SLACK * (sum(sizes.nodes) + len(candidates)) <= left else 1
-                for (request, depth), nodes in zip(candidates, sizes.nodes):
-                    nodes = min(slack * (nodes + (slack > 1)), left)
-                    granted = room(request, nodes) if nodes > 0 else 0
+                for request, depth in candidates:
+                    granted = room(request, min(most, left)) if left > 0 else 0
                     if granted:
                         growing.append((request, min(depth, DEEPEST if shaped else sizes.depth), granted))
                         left -= granted
-                self._grow(growing, table, sizes, known)
+                self._grow(growing, table, sizes)
             else:
-                self._rests += 1
-                self._rest_steps = KEPT_STEPS - 1
+                self._without += 1
         self.last_draft_s = self._clock() - began
-        if growing and self.models:
-            beside_s = (self.last_draft_s - self._passes_s) / len(growing)
-            self._fixed_s += FIXED_SHARE * (max(beside_s, 0.0) - self._fixed_s)
         self.tally.draft_s += self.last_draft_s
         return {request_id: drafted.tree for request_id, drafted in self._drafted.items()}
 
-    def _sizes(self, wants: list[Want], known: int) -> Sizes:
-        """known: tokens that the step computes beside drafts."""
+    @property
+    def draws(self) -> dict[str, object]:
+        """How children were drawn, of those requests in the last draft whose were."""
+        return {request_id: one.draws for request_id, one in self._drafted.items() if one.draws is not None}
+
+    def _verification(self, request: Request) -> str:
+        """Requests with a seed, and greedy ones, have their noise; others leave the choice to the configuration."""
+        params = request.params
+        if params.seed is not None or params.temperature == 0 or params.top_k == 1:
+            return "coupled"
+        return self.speculation.verification
+
+    @property
+    def _width(self) -> int:
+        return WIDTH if self.speculation.method == "tree" else 1
+
+    def _sizes(self, requests: int, others: int) -> Sizes:
         asked = self.speculation
-        if not self.sized:
-            depth = len(asked.widths) or (asked.nodes or 1)
-            nodes = asked.most_nodes
-            if asked.method == "tree" and not asked.widths:
-                depth = min(depth, DEEPEST)
-            return Sizes(depth, (nodes,) * len(wants), 0.0, 0.0, 0.0, 0.0)
-        load = (known, wants)
-        if self._chosen is None or self._keep_steps <= 0 or self._chosen[0] != load:
-            self._chosen = load, self._choice(wants, known)
-            self._keep_steps = KEPT_STEPS
-        self._keep_steps -= 1
-        sizes = self._chosen[1]
-        if sizes.depth == 0:
-            self._keep_steps = 0
-        if sizes.depth == 0 and self._rests >= PROBE_RESTS:
-            return Sizes(1, (1,) * len(wants), sizes.tokens_per_s, sizes.plain_per_s, 0.0, 0.0)
+        if asked.widths:
+            return Sizes(len(asked.widths), asked.most_nodes, 0.0, 0.0, 0.0, 0.0)
+        if asked.nodes is not None:
+            depth = max(self._shape(asked.nodes).depths)
+            return Sizes(depth, asked.nodes, 0.0, 0.0, 0.0, 0.0)
+        sizes = self._choose(requests, others)
+        if sizes.depth == 0 and self._without >= PROBE_STEPS:
+            return replace(sizes, depth=1, nodes=1)
         return sizes
 
-    def _choice(self, wants: list[Want], known: int) -> Sizes:
-        level_s = self.draft_seconds(len(wants)) if self.models else 0.0
-        fixed_s = self._fixed_s * len(wants)
-        width = WIDTH if self.speculation.method == "tree" else 1
+    def _choose(self, requests: int, others: int) -> Sizes:
+        """What the sizer says, as of some steps ago."""
+        if self.tally.steps >= self._stale_at:
+            self._stale_at = self.tally.steps + max(2, min(REFRESH_STEPS, self.tally.steps))
+            self._shapes.clear()
+            self._chosen.clear()
+        key = requests, others.bit_length()
+        found = self._chosen.get(key)
+        if found is None:
+            shape = self._shape(CONSIDERED)
+            found = self._chosen[key] = choose_sizes(
+                requests,
+                others,
+                shape,
+                max(shape.depths),
+                self.seconds,
+                self._pass_s,
+                again=self._width > 1,
+                most_rows=self.most_rows,
+                plain=self.plain_seconds,
+            )
+        return found
 
-        def target(nodes: int) -> float:
-            return self.target_s(known, nodes)
+    def _shape(self, most: int) -> Shape:
+        """The likeliest nodes of this many, as of some steps ago."""
+        if most not in self._shapes:
+            self._shapes[most] = self.acceptance.shape(self._width, most)
+        return self._shapes[most]
 
-        def draft(depth: int) -> float:
-            return fixed_s + depth * level_s
-
-        return choose_sizes(wants, self.acceptance.by_depth, target, draft, width, DEEPEST)
-
-    def target_s(self, known: int, nodes: int) -> float:
-        """Seconds of the target's step with so many known tokens and nodes."""
-        return self.seconds(known + nodes) if nodes else self.plain_seconds(known)
+    def _pass_s(self, rows: int) -> float:
+        """Seconds of a pass of the drafters."""
+        return self.draft_seconds(rows) if self.models else 0.0
 
     # Growing trees
 
     def _grow(
-        self,
-        growing: Sequence[tuple[Request, int, int]],
-        table: Callable[[str], Sequence[int]],
-        sizes: Sizes,
-        known: int,
+        self, growing: Sequence[tuple[Request, int, int]], table: Callable[[str], Sequence[int]], sizes: Sizes
     ) -> None:
         if not growing:
             return
-        if not self.models:
-            for request, depth, nodes in growing:
-                index = self._indices.setdefault(request.request_id, SuffixIndex())
-                sketch = index.draft(request.tokens, min(depth, NGRAM_DEPTH))
-                self._keep(request, sketch, nodes, dict.fromkeys(range(len(sketch)), (0, 0.5, 0)))
-            return
-        several: list[list[_Drafted]] = [[] for _ in growing]
-        for source, model in enumerate(self.models):
-            share = [(request, depth, max(1, nodes // len(self.models))) for request, depth, nodes in growing]
-            for place, drafted in enumerate(self._by_model(model, source, share, table, sizes, known)):
-                if drafted is not None:
-                    several[place].append(drafted)
-        for (request, _, nodes), drafts in zip(growing, several):
-            if len(drafts) == 1:
-                self._drafted[request.request_id] = drafts[0]
-            elif drafts:
-                self._drafted[request.request_id] = _union(drafts, nodes)
+        drafters = len(self.models) + self.speculation.looks_up
+        share = [(request, depth, max(1, nodes // drafters)) for request, depth, nodes in growing]
+        several: list[list[_Drafted | None]] = [
+            self._by_model(model, source, share, table, sizes) for source, model in enumerate(self.models)
+        ]
+        if self.speculation.looks_up:
+            several.append([self._looked_up(*one) for one in share])
+        for (request, _, nodes), *drafts in zip(growing, *several):
+            found = [one for one in drafts if one is not None]
+            if len(found) == 1:
+                self._drafted[request.request_id] = found[0]
+            elif found:
+                self._drafted[request.request_id] = _union(found, nodes)
+
+    def _looked_up(self, request: Request, depth: int, nodes: int) -> _Drafted | None:
+        """What followed the last tokens before."""
+        index = self._indices.setdefault(request.request_id, SuffixIndex())
+        sketch = index.draft(request.tokens, min(depth, NGRAM_DEPTH))
+        rank = RANKS - 1 if self.models else 0  # counted apart from what models propose
+        noted = dict.fromkeys(range(len(sketch)), (rank, 0.5, len(self.models)))
+        return _arranged(sketch, sketch.best(nodes), noted)
 
     def _by_model(
         self,
@@ -262,11 +315,19 @@ class Speculator:
         growing: Sequence[tuple[Request, int, int]],
         table: Callable[[str], Sequence[int]],
         sizes: Sizes,
-        known: int,
     ) -> list[_Drafted | None]:
         """One model's trees, level by level. Its own chance of each node is the product down its path."""
         widths = self.speculation.widths
-        growths = [Growth(request, table(request.request_id), nodes) for request, _, nodes in growing]
+        growths: list[Growth] = []
+        drawn: dict[int, _Drawn] = {}
+        for request, _, nodes in growing:
+            family = self._verification(request)
+            growth = Growth(request, table(request.request_id), nodes, coldly=family == "target_only")
+            if family == "multi_step":
+                growth.choose = seeded(request.seed, len(request.tokens), DRAFTING)
+                drawn[len(growths)] = _Drawn(self._topology(nodes, sizes.depth))
+                growth.counts = drawn[len(growths)].counts([ROOT])
+            growths.append(growth)
         notes: list[dict[int, tuple[int, float, int]]] = [{} for _ in growing]
         active = list(range(len(growths)))
         level = 0
@@ -276,86 +337,83 @@ class Speculator:
             width = widths[level - 1] if widths else (1 if self.speculation.method == "draft_model" else WIDTH)
             proposals = model.propose([growths[place] for place in active], width)
             for place, proposed in zip(active, proposals):
-                self._add(growths[place], proposed, notes[place], source)
-            going = [place for place in active if self._may_go_on(growths[place], level, growing[place][1])]
-            if self.sized and going:
-                going = self._worth_a_level(growths, going, level + 1, width, sizes)
-            if level > 1:  # the first level also catches up, which is no price of a level
-                self.draft_seconds.learn(len(active), self._clock() - began)
-            self._passes_s += self.draft_seconds(len(active))
-            active = going
-        kept: list[Sequence[int]] = [growth.sketch.best(nodes) for growth, (_, _, nodes) in zip(growths, growing)]
-        if self.sized:
-            kept = self._worth_verifying(growths, kept, known)
-        return [_arranged(growth.sketch, nodes, noted) for growth, nodes, noted in zip(growths, kept, notes)]
+                growth = growths[place]
+                following = self._add(growth, proposed, notes[place], source)
+                ends = level == (min(growing[place][1], sizes.depth) if place in drawn else growing[place][1])
+                if place in drawn:
+                    going = drawn[place].going_on(growth, proposed, following)
+                else:
+                    going = [] if ends else self._going_on(growth, following, level, sizes)
+                growth.at = [] if ends else going
+            active = [place for place in active if growths[place].at]
+            if level > 1:  # the first also catches up, which is no price of a pass
+                self.draft_seconds.learn(model.last_rows, len(self.models) * (self._clock() - began))
+        result: list[_Drafted | None] = []
+        for place, ((request, _, nodes), growth, noted) in enumerate(zip(growing, growths, notes)):
+            sketch = growth.sketch
+            if place in drawn:  # whoever was drawn stays: leaving one out by what it is would bend the law
+                arranged = _arranged(sketch, range(len(sketch)), noted)
+                if arranged is not None:
+                    arranged.draws = Draws(drawn[place].trials, seeded(request.seed, len(request.tokens), VERIFYING))
+                result.append(arranged)
+                continue
+            kept = sketch.best(nodes)
+            if self.sized:
+                kept = [node for node in kept if sketch.scores[node] >= sizes.least_chance]
+            result.append(_arranged(sketch, kept, noted))
+        return result
 
-    def _worth_a_level(
-        self, growths: Sequence[Growth], going: Sequence[int], level: int, width: int, sizes: Sizes
-    ) -> list[int]:
-        """Those for whom another pass is expected to bring more tokens than its time brings otherwise.
-
-        A pass is for all of them together: the surer half may be worth one where all are not.
-        """
-        chances = [self.acceptance.by_depth(level, rank) for rank in range(width)]
-        node = sizes.least_chance
-        gains = []
-        for place in going:
-            path = growths[place].sketch.scores[growths[place].at[0]]
-            gains.append((sum(max(0.0, path * chance - node) for chance in chances), place))
-        gains.sort(key=lambda entry: -entry[0])
-        best, count, total = 0.0, 0, 0.0
-        for number, (gain, _) in enumerate(gains, 1):
-            total += gain
-            net = total - sizes.tokens_per_s * self.draft_seconds(number)
-            if net > best:
-                best, count = net, number
-        return sorted(place for _, place in gains[:count])
-
-    def _worth_verifying(
-        self, growths: Sequence[Growth], kept: Sequence[Sequence[int]], known: int
-    ) -> list[Sequence[int]]:
-        """Of the nodes that are drafted, as many of the likeliest as make most tokens a second, over all requests."""
-        pool = sorted(
-            (-growths[place].sketch.scores[node], place, at)
-            for place, nodes in enumerate(kept)
-            for at, node in enumerate(nodes)
-        )
-        spent_s = self._passes_s + self._fixed_s * len(growths)
-        requests = max(known, 1)
-        best, count, expected = requests / (spent_s + self.target_s(known, 0)), 0, float(requests)
-        for number, (score, _, _) in enumerate(pool, 1):
-            expected -= score
-            rate = expected / (spent_s + self.target_s(known, number))
-            if rate > best:
-                best, count = rate, number
-        most = [0] * len(kept)
-        for _, place, _ in pool[:count]:
-            most[place] += 1
-        return [nodes[: most[place]] for place, nodes in enumerate(kept)]
+    def _topology(self, nodes: int, depth: int) -> dict[Path, int]:
+        """How many children to draw behind each place of a tree, places being paths of ranks. It looks at no token."""
+        counts: dict[Path, int] = {}
+        widths = self.speculation.widths
+        if widths:
+            frontier: list[Path] = [()]
+            for width in widths[:depth]:
+                following: list[Path] = []
+                for place in frontier:
+                    counts[place] = min(width, nodes - sum(counts.values()))
+                    following += [(*place, rank) for rank in range(counts[place])]
+                frontier = following
+            return {place: count for place, count in counts.items() if count}
+        shape = self._shape(max(nodes, 1)).within(depth)
+        places: dict[int, Path] = {-1: ()}
+        for node in range(min(nodes, len(shape))):
+            parent = places[shape.parents[node]]
+            places[node] = (*parent, counts.get(parent, 0))  # the next one drawn, whichever rank was likeliest
+            counts[parent] = counts.get(parent, 0) + 1
+        return counts
 
     def _add(
         self, growth: Growth, proposed: Sequence[Proposal], noted: dict[int, tuple[int, float, int]], source: int
-    ) -> None:
-        """Proposals become nodes; the next level's `at` are those that will be expanded."""
+    ) -> list[int]:
+        """Proposals become nodes."""
         sketch, following = growth.sketch, []
         for parent, one in zip(growth.at, proposed):
             above = 1.0 if parent == ROOT else sketch.scores[parent]
             for rank, (token, chance) in enumerate(zip(one.tokens, one.chances)):
-                score = above * min(0.999, self.acceptance.of(rank, chance))
-                if rank and score > above * 0.999:
-                    score = above * 0.999
-                node = sketch.add(token, parent, score)
+                node = sketch.add(token, parent, above * min(0.999, self.acceptance.of(rank, chance)))
                 noted.setdefault(node, (rank, chance, source))
                 following.append(node)
-        growth.at = following if self.speculation.widths else following[:1]
+        return following
 
-    def _may_go_on(self, growth: Growth, level: int, depth: int) -> bool:
-        return level < depth and bool(growth.at) and len(growth.expanded) + len(growth.at) <= growth.nodes
-
-    def _keep(self, request: Request, sketch: Sketch, nodes: int, noted: Mapping[int, tuple[int, float, int]]) -> None:
-        drafted = _arranged(sketch, sketch.best(nodes), noted)
-        if drafted is not None:
-            self._drafted[request.request_id] = drafted
+    def _going_on(self, growth: Growth, following: Sequence[int], level: int, sizes: Sizes) -> list[int]:
+        """Nodes of a level behind which the tree grows: as many as have slots if widths are prescribed, else the
+        likeliest."""
+        sketch, sized = growth.sketch, self.sized
+        going = list(following)
+        if sized:
+            first_child = self.acceptance.by_depth(level + 1, 0)
+            going = [node for node in going if sketch.scores[node] * first_child >= sizes.least_chance]
+        elif not self.speculation.widths:
+            best = set(sketch.best(growth.nodes))
+            going = [node for node in going if node in best]
+        going.sort(key=lambda node: -sketch.scores[node])
+        slots = growth.nodes - len(growth.expanded)
+        going = going[: slots if self.speculation.widths else min(BREADTH, slots)]
+        if sized and going and first_child * sum(sketch.scores[node] for node in going) < sizes.least_path:
+            return []
+        return going
 
     # Learning
 
