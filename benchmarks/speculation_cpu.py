@@ -97,12 +97,15 @@ def measure(options: argparse.Namespace) -> Record:
             if not record.summary:
                 record.summary["seconds_at_start"] = sides.priced(AUTO)
             speedups: dict[str, dict[int, Interval]] = {}
+            reached: dict[str, list[float]] = {}
             for batch in options.batches:
                 chosen = plain[: options.prompts_count] if batch == 1 else cycled(plain, batch)
                 found = cell(record, sides, f"batch {batch}, temperature {temperature:g}", batch, temperature, chosen)
                 for name in found.runs:
                     if name != NONE.name and name in FEW:
                         speedups.setdefault(name, {})[batch] = found.over(name, NONE.name)
+                if not reached:  # at the first batch, where all arms draft
+                    reached = {name: sides.counts[name].reached() for name in (AUTO, "chain of 4")}
                 if batch == 1 and looping:
                     title = f"batch 1, temperature {temperature:g}, prompts that loop"
                     cell(record, sides, title, 1, temperature, looping[: options.prompts_count // 2], judged=False)
@@ -111,7 +114,6 @@ def measure(options: argparse.Namespace) -> Record:
                 name: counts.as_dict() for name, counts in sides.counts.items() if counts.trials
             }
             if options.plots is not None:
-                reached = {name: sides.counts[name].reached() for name in (AUTO, "chain of 4")}
                 title = f"{what}, fp32, {options.threads} threads, temperature {temperature:g}"
                 save(speculation(speedups, reached, title), options.plots / f"speculation-t{temperature:g}.png")
     record.note("ratios: medians of rounds, each round all prompts, arms alternating prompt by prompt; 95 % bootstrap")

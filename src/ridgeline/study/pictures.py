@@ -750,8 +750,9 @@ def speculation(
     for name, curve in speedups.items():
         batches = sorted(curve)
         middle, low, high = zip(*(curve[batch] for batch in batches))
-        left.plot(batches, middle, color=colours[name], marker="o", markersize=4, linewidth=1.4)
-        left.fill_between(batches, low, high, color=colours[name], alpha=0.12, linewidth=0)
+        errors = [[a - b for a, b in zip(middle, low)], [a - b for a, b in zip(high, middle)]]
+        line = {"color": colours[name], "marker": "o", "markersize": 4, "linewidth": 1.4}
+        left.errorbar(batches, middle, errors, elinewidth=0.6, capsize=2, **line)
     left.axhline(1.0, color=FAINT, linewidth=1, linestyle=DASHED, zorder=1)
     left.set_xscale("log", base=2)
     _words(left, "Speed over that of no speculation", "requests decoding", "times")
