@@ -37,12 +37,16 @@ NGRAM_DEPTH = 10
 
 @dataclass(slots=True)
 class _Drafted:
-    """A tree under way: each node's rank, its drafter's probability, and which drafter it came from."""
+    """A tree under way: each node's rank, its drafter's probability, and which drafter it came from.
+
+    cut: (node or ROOT, token proposed behind it and left out of the tree) -> the token's rank.
+    """
 
     tree: TokenTree
     ranks: list[int]
     chances: list[float]
     sources: list[int]
+    cut: dict[tuple[int, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,9 @@ class Round:
     ranks, chances, sources: of each node, its rank among its siblings when it was proposed, its drafter's
     probability, and the drafter's number. accepted: nodes of the path, top down; tokens: what they and the target
     chose, one more than accepted. sizes: what the sizer chose for the step, with its reasons. draft_s, step_s:
-    seconds of drafting and of the step, for all its requests together; requests: how many had a tree.
+    seconds of drafting and of the step, for all its requests together; requests: how many had a tree. before: known
+    tokens of the request, the last of which is the root. cut: (node or ROOT, token proposed behind it and left out
+    of the tree) -> the token's rank.
     """
 
     request_id: str
@@ -66,6 +72,8 @@ class Round:
     draft_s: float
     step_s: float
     requests: int
+    before: int
+    cut: Mapping[tuple[int, int], int]
 
 
 @dataclass(slots=True)
@@ -274,6 +282,9 @@ class Speculator:
         if all(chunk.sampling is not None for chunk in plan.chunks):  # prefills' rows cost less
             self.seconds.learn(plan.num_tokens, step_s)
         self.tally.steps += 1
+        known = {
+            chunk.request_id: chunk.start + len(chunk.token_ids) for chunk in plan.chunks if chunk.tree is not None
+        }
         for request_id, drafted in self._drafted.items():
             accepted = result.accepted.get(request_id)
             if accepted is None:
@@ -287,9 +298,9 @@ class Speculator:
                 count[0] += 1
                 count[1] += node in nodes
             if self.listeners:
-                self._tell(request_id, drafted, accepted, step_s)
+                self._tell(request_id, drafted, accepted, step_s, known[request_id])
 
-    def _tell(self, request_id: str, drafted: _Drafted, accepted: Accepted, step_s: float) -> None:
+    def _tell(self, request_id: str, drafted: _Drafted, accepted: Accepted, step_s: float, before: int) -> None:
         assert self.sizes is not None
         told = Round(
             request_id,
@@ -303,6 +314,8 @@ class Speculator:
             self.last_draft_s,
             step_s,
             len(self._drafted),
+            before,
+            drafted.cut,
         )
         for listener in self.listeners:
             listener(told)
@@ -319,7 +332,13 @@ def _arranged(sketch: Sketch, kept: Sequence[int], noted: Mapping[int, tuple[int
         return None
     tree, order = sketch.tree(kept)
     notes = [noted[node] for node in order]
-    return _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    place = {ROOT: ROOT, **{node: at for at, node in enumerate(order)}}
+    cut = {
+        (place[parent], sketch.tokens[node]): noted[node][0]
+        for node, parent in enumerate(sketch.parents)
+        if node not in place and parent in place
+    }
+    return _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes], cut)
 
 
 def _union(drafts: Sequence[_Drafted], nodes: int) -> _Drafted:
@@ -329,5 +348,14 @@ def _union(drafts: Sequence[_Drafted], nodes: int) -> _Drafted:
         for node in range(len(one.tree)):
             known.setdefault(tuple(one.tree.path_tokens(node)), (one.ranks[node], one.chances[node], one.sources[node]))
     tree = merged(one.tree for one in drafts).within(nodes, MOST_NODES)
-    notes = [known[tuple(tree.path_tokens(node))] for node in range(len(tree))]
-    return _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    place = {(): ROOT, **{tuple(tree.path_tokens(node)): node for node in range(len(tree))}}
+    notes = [known[path] for path in place if path]
+    cut: dict[tuple[int, int], int] = {}
+    for one in drafts:
+        left = [(tuple(one.tree.path_tokens(parent)), token, rank) for (parent, token), rank in one.cut.items()]
+        paths = [tuple(one.tree.path_tokens(node)) for node in range(len(one.tree))]
+        left += [(path[:-1], path[-1], rank) for path, rank in zip(paths, one.ranks)]
+        for path, token, rank in left:
+            if path in place and (*path, token) not in place:
+                cut.setdefault((place[path], token), rank)
+    return _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes], cut)
