@@ -39,8 +39,8 @@ from ridgeline.study.speculation import (
 )
 from ridgeline.study.tree_picture import token_tree
 
-PAYS = Sizes(3, (4,), 1500.0, 1000.0, 4e-5, 3e-4)
-PROBE = Sizes(1, (1,), 1000.0, 1000.0, 0.0, 0.0)
+PAYS = Sizes(3, 4, 1500.0, 1000.0, 4e-5, 3e-4)
+PROBE = Sizes(1, 1, 1000.0, 1000.0, 0.0, 0.0)
 TREE = Speculation("tree")
 
 
@@ -127,7 +127,7 @@ def test_reasons_in_words() -> None:
     ).requests[0]  # fmt: skip
     said = weighed.reasons
     assert said[0].startswith("1,500 tokens/s were expected with trees and 1,000 without (1.50x, means of 1 round)")
-    assert "depth 3 and 4 nodes a step" in said[1]
+    assert "depth 3 and 4 nodes a request" in said[1]
     assert "less than 6.0% chance" in said[2]  # 1,500 tokens/s for 40 µs
     assert "40 µs" in said[2]
     assert "less than 51% chance was not drafted further" in said[3]
@@ -152,7 +152,7 @@ def a_step(
 
 
 def test_the_workload_as_a_whole() -> None:
-    none_pays = Sizes(0, (0,), 1000.0, 1000.0, 0.0, 0.0)
+    none_pays = Sizes(0, 0, 1000.0, 1000.0, 0.0, 0.0)
     steps = (
         a_step("prefill", None),
         a_step("tree", PAYS, 4, 3),
@@ -343,8 +343,8 @@ def test_command_on_a_terminal() -> None:
         (["--speculative-config", "tree", "--prompt-len", "9"], "prompt_len: goes with random prompts"),
         (["--temperature", "1"], "temperature: goes with --prompt"),
         (["--round", "1"], "round: goes with --speculative-config and --plot"),
-        (["--speculative-config", "trees"], "speculative_config: must be a JSON object or one of tree"),
-        (["--speculative-config", "[1]"], "speculative_config: must be a JSON object"),
+        (["--speculative-config", "trees"], "speculative_config: must be tree, draft_model, ngram or a JSON object"),
+        (["--speculative-config", "[1]"], "speculative_config: must be tree"),
     ],
 )
 def test_refused_at_once(arguments: list[str], message: str) -> None:

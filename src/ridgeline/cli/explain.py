@@ -64,7 +64,7 @@ def command(
     from ridgeline.core.errors import InvalidArgument
     from ridgeline.core.request import SamplingParams
     from ridgeline.llm import LLM
-    from ridgeline.perf.card import load_card
+    from ridgeline.perf.machine_card import card_of, read_card
     from ridgeline.study import pictures
     from ridgeline.study.explain import explain, explain_serving
     from ridgeline.study.plan import datasheet_of
@@ -93,7 +93,7 @@ def command(
         if value < 1:
             raise InvalidArgument(name, f"must be at least 1, not {value}")
     pictures.checked(plot)
-    measured = load_card(card) if card else None
+    given = read_card(card) if card else None
     settings = options.engine_settings(
         dtype=dtype,
         device=device,
@@ -110,6 +110,8 @@ def command(
                 "prompt_len",
                 f"{length} + {output_len} tokens are beyond max_model_len {llm.built.config.max_model_len}",
             )
+        built = llm.built
+        measured = card_of(given, built.price, built.directory.name, built.config.dtype) if given else None
         if speculative:
             with bar("explaining trees", shown=not as_json, unit="run") as progress:
                 report = speculated(llm, prompts, params, rounds, progress)

@@ -38,12 +38,12 @@ Kernels = Annotated[str, typer.Option(help="Family of kernels: auto, reference, 
 AttentionBackend = Annotated[
     str, typer.Option(help="Kernel of attention: auto, standard, v1, v2, sm90, decode, triton, cpu, fused or blocked.")
 ]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print every setting with its reason, and where the memory goes.")
-]
 SpeculativeConfig = Annotated[
     str | None,
     typer.Option("--speculative-config", help='Draft token trees: JSON, {"method": "tree"}, or a method\'s name.'),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print every setting with its reason, and where the memory goes.")
 ]
 Plot = Annotated[Path | None, typer.Option(help="Draw it: a PNG or SVG file, by its suffix.")]
 CardFile = Annotated[Path | None, typer.Option("--card", help="Predict by what `ridgeline calibrate` measured.")]
@@ -66,7 +66,5 @@ def speculation(text: str | None) -> dict[str, Any] | None:
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise InvalidArgument(
-            "speculative_config", f"must be a JSON object or one of {', '.join(METHODS)}, not {text!r}"
-        )
+        raise InvalidArgument("speculative_config", f"must be {', '.join(METHODS)} or a JSON object, not {text!r}")
     return values

@@ -81,6 +81,15 @@ class Built:
     speculator: Speculator | None = None
     tokenizer_directory: Path | None = None
 
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Steps without speculation, to compare with. No request may be under way at either end."""
+        kept, self.engine.speculator = self.engine.speculator, None
+        try:
+            yield
+        finally:
+            self.engine.speculator = kept
+
     def lines(self) -> list[str]:
         """What was decided and why, and the memory ledger: for a log."""
         names = [one.name for one in fields(self.config) if one.name != "reasons"]
@@ -204,7 +213,7 @@ def _draft_plans(
             f"trees of up to {speculation.most_nodes} nodes need an attention window of {most} tokens, {directory} "
             f"has {window}: set num_speculative_tokens to at most {window // WORD_BITS * WORD_BITS}",
         )
-    names: Sequence[str | Path] = speculation.models
+    names: Sequence[str | Path] = speculation.checkpoints
     if speculation.method == "ngram":
         return []
     if not names:
@@ -454,9 +463,6 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
         if not config.enable_chunked_prefill and batched < length:
             batched, reasons["max_num_batched_tokens"] = length, "a whole prompt must fit without chunked prefill"
     eager, overlap = config.enforce_eager, config.async_scheduling
-    if config.speculation is not None:
-        overlap = False
-        reasons["async_scheduling"] = "a draft follows the token before it, once read"
     if not eager and kind == "cpu":
         eager, reasons["enforce_eager"] = True, "a CPU has no graphs"
     if overlap is None:

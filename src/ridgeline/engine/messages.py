@@ -144,7 +144,9 @@ class Stepped:
     tokens whose owners asked. prompts: (number, [(id, log-probability, rank, [...]), …]) of prompt tokens.
     ended: (number, reason, stop id or None, preemptions).
     step_s: how long the step took; device_s: the device's part of it. flops, bytes: the least that it had to do;
-    floor_s: the least time of that under the machine's roofs. 0 and None if nobody counts.
+    floor_s: the least time of that under the machine's roofs. 0 and None if nobody counts. sampled, drafted, accepted,
+    draft_s: as a StepRecord has them; depths: accepted nodes of each tree; tree: now and then one of the trees, as
+    [token before it], tokens, parents and accepted nodes.
     """
 
     step: int
@@ -169,6 +171,12 @@ class Stepped:
     flops: float = 0.0
     bytes: float = 0.0
     floor_s: float | None = None
+    sampled: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_s: float = 0.0
+    depths: list[int] = field(default_factory=list)
+    tree: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

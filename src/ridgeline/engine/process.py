@@ -58,6 +58,8 @@ logger = logging.getLogger("ridgeline.engine")
 LOWEST_LOGPROB = -9999.0
 """Stands for a probability of zero, which JSON has no number for."""
 IDLE_S = 0.1
+TREE_S = 0.5
+"""A drafted tree is told of at most so often: it is there to be looked at."""
 DEAD_CONTEXT = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "unspecified launch failure")
 """What an error says after which a CUDA context is of no use: only a new process is."""
 
@@ -80,7 +82,7 @@ class Loop:
         self._forecast = forecast
         self._foretold: Foretold | None = None
         self._steps = 0
-        self._beat_s = 0.0
+        self._beat_s = self._tree_s = 0.0
         self._stopping = False
         self._grammars: Grammars | None = None
         self._compiler: ThreadPoolExecutor | None = None
@@ -302,8 +304,23 @@ class Loop:
                 flops=0.0 if foretold is None else foretold.flops,
                 bytes=0.0 if foretold is None else foretold.bytes,
                 floor_s=None if foretold is None else foretold.floor_s,
+                sampled=0 if record is None else record.sampled,
+                drafted=0 if record is None else record.drafted,
+                accepted=0 if record is None else record.accepted,
+                draft_s=0.0 if record is None else record.draft_s,
+                depths=[] if record is None else [len(one.accepted) for one in record.verified],
+                tree=[] if record is None else self._tree(record),
             )
         )
+
+    def _tree(self, record: StepRecord) -> list[list[int]]:
+        """One of a step's trees, if it is time for one."""
+        now = time.monotonic()
+        if not record.verified or now - self._tree_s < TREE_S:
+            return []
+        self._tree_s = now
+        root, tree, accepted = record.verified[-1]
+        return [[root], list(tree.tokens), list(tree.parents), list(accepted)]
 
     def _tell_prompt(self, number: int, request: Request, event: Event, prompts: list[list[Any]]) -> None:
         """Scores of the prompt, each once, though a search for a failure may bring them again."""

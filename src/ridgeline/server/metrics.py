@@ -71,6 +71,18 @@ class Metrics:
         )
         self.flops = counter("vllm:estimated_flops_per_gpu", "Floating-point operations that steps had to do.")
         self.bytes = counter("ridgeline:estimated_bytes", "Bytes that steps had to move to and from memory.")
+        self.drafts = counter("vllm:spec_decode_num_drafts", "Draft trees that were verified.")
+        self.draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Nodes of draft trees that were verified.")
+        self.accepted_tokens = counter(
+            "vllm:spec_decode_num_accepted_tokens", "Nodes of draft trees that became tokens."
+        )
+        self.accepted_at = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Draft trees of which a path was accepted at least so deep, from 0.",
+            [*self._labels, "position"],
+            registry=self.registry,
+        )
+        self.draft_s = counter("ridgeline:draft_seconds", "Time spent on drafting.")
         self.memory = Gauge(
             "ridgeline:memory_bytes", "The memory ledger.", ["model_name", "engine", "part"], registry=self.registry
         )
@@ -152,6 +164,18 @@ class Metrics:
                 self.limit_share.observe(message.floor_s / message.device_s)
                 self.flops.inc(message.flops)
                 self.bytes.inc(message.bytes)
+            if message.drafted:
+                self._verified(message)
+
+    def _verified(self, message: Stepped) -> None:
+        """A step with draft trees."""
+        self.drafts.inc(len(message.depths))
+        self.draft_tokens.inc(message.drafted)
+        self.accepted_tokens.inc(message.accepted)
+        self.draft_s.inc(message.draft_s)
+        for position in range(max(message.depths, default=0)):
+            reached = sum(depth > position for depth in message.depths)
+            self.accepted_at.labels(**self._labels, position=str(position)).inc(reached)
 
     def ended(self, output: RequestOutput, n: int, max_tokens: int) -> None:
         """A request has come to its end."""

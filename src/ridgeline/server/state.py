@@ -100,7 +100,8 @@ class State:
         self.face = Face(facts, self.settings)
         self.admission.open(facts)
         self.metrics.engine(facts)
-        self.live.engine(facts)
+        # With several keys, what one asks is no business of another's, though both may see the page.
+        self.live.engine(facts, self.face.tokenizer.token_text if len(self.settings.api_keys) < 2 else None)
         for line in facts.lines:
             logger.info("engine", extra={"fields": {"engine": line}})
         seconds = round(time.monotonic() - self.began_s, 2)

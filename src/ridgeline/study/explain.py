@@ -186,6 +186,7 @@ class Watched:
     def run(self, plan: StepPlan) -> Handle:
         result = self._built.runner.run(plan, self._ops[plan.kind])
         self.steps.append((plan.kind, self._timer.take()))
+        result.device_s -= self._timer.paused_s
         return _Done(result)
 
     def close(self) -> None: ...
@@ -293,9 +294,10 @@ def explain_serving(
 
 def exposed(records: Sequence[StepRecord]) -> list[StepRecord]:
     """Steps of an engine that overlaps them: the host's part is only what the device waited for, i.e. from one start to
-    the next less the device's time; the rest is hidden behind the step before. The last has no next one."""
+    the next less the device's time and drafting; the rest is hidden behind the step before. The last has no next one.
+    """
     return [
-        replace(one, host_s=max(after.start_s - one.start_s - one.device_s, 0.0))
+        replace(one, host_s=max(after.start_s - one.start_s - one.device_s - one.draft_s, 0.0))
         for one, after in itertools.pairwise(records)
     ]
 
@@ -397,9 +399,8 @@ def _padding_s(
     lost = 0.0
     for record in records:
         tokens = sum(new for new, _ in record.spans)
-        scored = record.sampled + record.drafted
-        whole = seconds.dense(tokens + record.padding, scored + record.padding)
-        lost += max(whole - seconds.dense(tokens, scored), 0.0)
+        whole = seconds.dense(tokens + record.padding, record.rows + record.padding)
+        lost += max(whole - seconds.dense(tokens, record.rows), 0.0)
     return lost / len(records)
 
 
@@ -413,7 +414,7 @@ def _predicted(card: Card, records: Sequence[StepRecord]) -> Predicted:
         around += card.step_s + card.request_s * len(new)
         one = card.ops_scale * card.attention_s(spans)
         attention += one
-        others += card.device_s(spans, record.sampled + record.drafted) - one - card.step_s - card.request_s * len(new)
+        others += card.device_s(spans, record.rows) - one - card.step_s - card.request_s * len(new)
         host += card.host_s(spans)
         measured += record.device_s + record.host_s
         beyond += not card.covers(spans)

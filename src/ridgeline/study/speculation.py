@@ -264,11 +264,13 @@ class RequestReport:
 @dataclass(frozen=True, slots=True)
 class HeardStep:
     """A step beside what the sizer knew. plain_s: of its requests without trees, an estimate, None where it held
-    prompts; sizes: chosen for this very step, None if no request could have a tree."""
+    prompts; sizes: None if no request could have a tree, at its last token, or because steps overlap while no tree
+    pays."""
 
     record: StepRecord
     plain_s: float | None
     sizes: Sizes | None
+    overlap: bool = False
 
     @property
     def seconds(self) -> float:
@@ -290,7 +292,7 @@ class HeardStep:
         if self.record.kind in ("tree", "prefill"):
             return None
         if self.sizes is None:
-            return "no room"
+            return "none pays" if self.overlap else "no room"
         return "nothing likely" if self.sizes.depth else "none pays"
 
 
@@ -403,7 +405,6 @@ class Recorder:
         self._built = built
         self._speculator = built.speculator
         self._fresh: list[Round] = []
-        self._last: Sizes | None = built.speculator.sizes
         self.rounds: list[tuple[Round, float | None]] = []
         """With the estimate of a plain step."""
         self.steps: list[HeardStep] = []
@@ -426,9 +427,7 @@ class Recorder:
         plain_s = self._speculator.seconds(rows) if rows == record.sampled else None
         self.rounds += [(one, plain_s) for one in self._fresh]
         self._fresh.clear()
-        sizes = self._speculator.sizes
-        fresh, self._last = sizes is not self._last, sizes
-        self.steps.append(HeardStep(record, plain_s, sizes if fresh else None))
+        self.steps.append(HeardStep(record, plain_s, self._speculator.sizes, self._built.engine.overlap))
 
 
 def report(
@@ -524,9 +523,8 @@ def _decode_s(output: RequestOutput) -> float:
 
 def drafters(speculation: Speculation) -> tuple[str, ...]:
     """Names of drafters, by number."""
-    if speculation.method == "ngram":
-        return (NGRAM,)
-    return speculation.models or (EMBEDDED_DRAFTER,)
+    models = () if speculation.method == "ngram" else speculation.checkpoints or (EMBEDDED_DRAFTER,)
+    return (*models, NGRAM) if speculation.looks_up else models
 
 
 # Reasons
@@ -545,9 +543,9 @@ def _mean_choice(verified: Sequence[Verified]) -> dict[str, float] | None:
     chosen, _ = _weighed(verified)
     if not chosen:
         return None
-    names = ("depth", "tokens_per_s", "plain_per_s", "node_s", "level_s", "least_chance", "least_path")
+    names = ("depth", "nodes", "tokens_per_s", "plain_per_s", "node_s", "level_s", "least_chance", "least_path")
     means = {name: statistics.mean(getattr(one, name) for one in chosen) for name in names}
-    return {"rounds": len(chosen), "nodes": statistics.mean(sum(one.nodes) for one in chosen), **means}
+    return {"rounds": len(chosen), **means}
 
 
 def reasons(verified: Sequence[Verified], speculation: Speculation) -> tuple[str, ...]:
@@ -563,13 +561,13 @@ def reasons(verified: Sequence[Verified], speculation: Speculation) -> tuple[str
     said = []
     mean = _mean_choice(verified)
     if mean is not None:
-        depths, nodes = [one.depth for one in chosen], [sum(one.nodes) for one in chosen]
+        depths, nodes = [one.depth for one in chosen], [one.nodes for one in chosen]
         said.append(
             f"{mean['tokens_per_s']:,.0f} tokens/s were expected with trees and {mean['plain_per_s']:,.0f} without "
             f"({mean['tokens_per_s'] / mean['plain_per_s']:.2f}x, means of {_rounds(len(chosen))}), hence the trees"
         )
         said.append(
-            f"of all sizes, depth {_spread(depths)} and {_spread(nodes)} nodes a step promised the most tokens a "
+            f"of all sizes, depth {_spread(depths)} and {_spread(nodes)} nodes a request promised the most tokens a "
             f"second; {statistics.mean(len(one.round.tree) for one in verified):.1f} nodes a round were worth verifying"
         )
         if mean["node_s"] > 0:

@@ -64,7 +64,8 @@ def token_tree(
     labels = {node: _shown(text_of(token)) for node, token in enumerate(tree.tokens)}
     labels[OWN] = _shown(text_of(told.tokens[-1]))
     labels[ROOT] = _context(request, told.before, text_of)
-    notes = {} if tuple(drafters) == (NGRAM,) else {node: _percent(value) for node, value in enumerate(told.chances)}
+    by_model = [source >= len(drafters) or drafters[source] != NGRAM for source in told.sources]
+    notes = {node: _percent(value) for node, value in enumerate(told.chances) if by_model[node]}
     places = _places(tree, one.stop, labels, notes)
     right = max(places.columns[_depth(tree, node, one.stop)] + places.widths[node] for node in places.rows)
     title, said = _head(request, one)
@@ -129,7 +130,7 @@ def _head(request: RequestReport, one: Verified) -> tuple[str, str]:
     if one.plain_s is not None:
         said += f", beside {one.tokens} plain step{steps} of about {one.plain_s * 1e3:.2g} ms"
     if told.sizes.tokens_per_s > told.sizes.plain_per_s:
-        nodes = sum(told.sizes.nodes)
+        nodes = told.sizes.nodes
         said += (
             f"; the sizer chose depth {told.sizes.depth}, {nodes} node{'s' * (nodes > 1)}: "
             f"{told.sizes.tokens_per_s:,.0f} tokens/s expected, {told.sizes.plain_per_s:,.0f} without"
