@@ -475,15 +475,11 @@ def speculated(
     Without it the same engine takes plain steps. Raises the error of the first prompt that is refused.
     """
     built = llm.built
-    speculator = built.speculator
     with_s: list[list[float]] = []
     without_s: list[list[float]] = []
     for number in range(-1, rounds):  # the first round is a warm-up
-        built.engine.speculator = None
-        try:
+        with built.plain():
             plain = _generated(llm, prompts, params)
-        finally:
-            built.engine.speculator = speculator
         with Recorder(built) as heard:
             outputs = _generated(llm, prompts, params)
         if number >= 0:
@@ -491,8 +487,8 @@ def speculated(
             without_s.append([_decode_s(one) for one in plain])
             if progress is not None:
                 progress(number + 1, rounds)
-    speculation = built.speculator.speculation if built.speculator else None
-    assert speculation is not None
+    assert built.speculator is not None
+    speculation = built.speculator.speculation
     found = report(speculation, drafters(speculation), heard.rounds, heard.steps, outputs)
     medians, plain_medians = ([statistics.median(times) for times in zip(*every)] for every in (with_s, without_s))
     requests = tuple(
