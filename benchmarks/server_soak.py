@@ -61,7 +61,7 @@ def arguments() -> argparse.ArgumentParser:
     result = parser(__doc__ or "")
     result.set_defaults(threads=1)
     result.add_argument("--seconds", type=float, default=600.0, help="how long requests are sent")
-    result.add_argument("--rate", type=float, default=12.0, help="requests a second")
+    result.add_argument("--rate", type=float, default=6.0, help="requests a second")
     result.add_argument("--cancels", type=float, default=0.20, help="share of requests that hang up")
     result.add_argument("--malformed", type=float, default=0.01, help="share of requests that are malformed")
     result.add_argument("--kill-every", type=float, default=120.0, help="seconds between kills of the engine")
@@ -95,7 +95,10 @@ def measure(options: argparse.Namespace) -> Record:
         "cancels": options.cancels, "malformed": options.malformed, "kill_every_s": options.kill_every,
     }  # fmt: skip
     # A pool that is soon touched as a whole: what grows afterwards is a leak, not the first use of a page.
-    limits: tuple[str, ...] = ("--max-num-seqs", "32", "--kv-cache-memory-bytes", "64000000", "--max-model-len", "1024")
+    # A queue that is short enough for patience: who finds no place is told so at once.
+    limits: tuple[str, ...] = (
+        "--max-num-seqs", "32", "--max-queued", "32", "--kv-cache-memory-bytes", "64000000", "--max-model-len", "1024",
+    )  # fmt: skip
     kills = int(options.seconds / options.kill_every)
     if kills > 4:  # more than a server puts up with in ten minutes unless told to
         limits += ("--set", f"max_restarts={kills + 1}")
