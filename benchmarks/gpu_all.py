@@ -68,6 +68,10 @@ def latency(options: argparse.Namespace) -> list[str]:
     return ["-c", program, "bench", "latency", *rungs, *few, "--out", str(options.out / "latency.json")]
 
 
+def accuracy_later(options: argparse.Namespace) -> list[str]:
+    return benchmark("gpu_accuracy", "--card", str(options.out / "gpu-accuracy-card.json"))(options)
+
+
 STEPS = (
     Step("tests", 5, "tests on a GPU", tests("gpu and not slow", "tests.xml")),
     Step("decode-step", 2, "the engine's whole decode step", benchmark("gpu_decode")),
@@ -77,6 +81,8 @@ STEPS = (
     Step("sweep", 6, "every rung on the papers' grid",
          benchmark("attention", "sweep", "--grouped", "--name", "attention-sweep")),
     Step("latency", 5, "whole models with each rung", latency),
+    Step("model", 8, "a card without a model, then held-out models beside it", benchmark("gpu_accuracy")),
+    Step("model-later", 5, "the same with that card, anchored anew", accuracy_later),
     Step("accuracy", 1, "errors on numbers with outliers", benchmark("attention_accuracy")),
     Step("seeds", 6, "what neighbours change, and what it costs that they do not", benchmark("gpu_seeds")),
     Step("baseline", 2, "the engine beside Transformers", benchmark("gpu_baseline")),

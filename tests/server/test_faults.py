@@ -26,7 +26,7 @@ SLOW = {**CANARY, "max_tokens": 60, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    limits = ("watchdog_s=1.5", "backoff_s=0.05", "max_restarts=100", "ready_silence_s=0.8")
+    limits = ("watchdog_s=2", "backoff_s=0.05", "max_restarts=100", "ready_silence_s=0.8")
     with served(*SMALL, *(part for limit in limits for part in ("--set", limit))) as running:
         yield running
 
@@ -69,11 +69,8 @@ def test_38_a_step_that_fails_once_changes_nothing(sound: Served, kind: str) -> 
 
 
 def restarted(server: Served, before: int) -> None:
-    limit = time.monotonic() + 15
-    while server.info()["restarts"] == before:
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-    server.wait_ready(15)
+    server.until(lambda info: info["restarts"] > before)
+    server.wait_ready()
 
 
 def test_37_a_killed_engine_is_replaced(sound: Served) -> None:
@@ -83,14 +80,18 @@ def test_37_a_killed_engine_is_replaced(sound: Served) -> None:
     before = sound.info()["restarts"]
     streamed: list[str] = []
 
-    def stream() -> None:
-        streamed.append(sound.post(COMPLETIONS, {**SLOW, "stream": True}).text)
+    begun = threading.Event()
 
-    one = threading.Thread(target=stream)
-    one.start()
-    with ThreadPoolExecutor(4) as pool:
+    def stream() -> None:
+        with sound.client.stream("POST", COMPLETIONS, json={**SLOW, "stream": True}) as answer:
+            for part in answer.iter_text():
+                streamed.append(part)
+                begun.set()
+
+    with ThreadPoolExecutor(5) as pool:
         waiting = [pool.submit(sound.post, COMPLETIONS, SLOW) for _ in range(4)]
-        time.sleep(0.4)
+        one = pool.submit(stream)
+        assert begun.wait(60)
         began = time.monotonic()
         os.kill(sound.info()["engine_pid"], signal.SIGKILL)
         while sound.client.get("/ready").status_code == 200:
@@ -100,10 +101,10 @@ def test_37_a_killed_engine_is_replaced(sound: Served) -> None:
         assert refused.headers["retry-after"]
         assert sound.client.get("/health").status_code == 200
         restarted(sound, before)
-        answers = [done.result(20) for done in waiting]
-    one.join(20)
+        answers = [done.result(60) for done in waiting]
+        one.result(60)
     assert [answer.json()["choices"][0]["text"] for answer in answers] == [want] * 4
-    assert events(streamed[0])[-1]["error"]["code"] == "engine_restarted"
+    assert events("".join(streamed))[-1]["error"]["code"] == "engine_restarted"
 
 
 def test_37_a_request_that_kills_twice_is_not_sent_a_third_time(sound: Served) -> None:
@@ -111,13 +112,11 @@ def test_37_a_request_that_kills_twice_is_not_sent_a_third_time(sound: Served) -
     with ThreadPoolExecutor(1) as pool:
         sound.fault("slow", 50)
         bad = pool.submit(sound.post, COMPLETIONS, SLOW)
-        time.sleep(0.3)
-        os.kill(sound.info()["engine_pid"], signal.SIGKILL)
+        os.kill(sound.busy()["engine_pid"], signal.SIGKILL)
         restarted(sound, before)
         sound.fault("slow", 50)
-        time.sleep(0.2)
-        os.kill(sound.info()["engine_pid"], signal.SIGKILL)
-        is_refusal(bad.result(20), 500, code="engine_restarted")
+        os.kill(sound.busy()["engine_pid"], signal.SIGKILL)
+        is_refusal(bad.result(60), 500, code="engine_restarted")
     restarted(sound, before + 1)
 
 
@@ -132,7 +131,7 @@ def test_37_a_hung_engine_is_noticed_and_replaced(sound: Served) -> None:
             assert time.monotonic() - began < 2.5
             time.sleep(0.02)
         restarted(sound, before)
-        assert caught.result(20).json()["choices"][0]["text"] == want
+        assert caught.result(60).json()["choices"][0]["text"] == want
 
 
 def test_39_a_dead_grammar_child_is_replaced(sound: Served) -> None:
@@ -162,25 +161,26 @@ def test_39_a_closed_log_stops_nobody() -> None:
 
 
 def test_35_sigterm_lets_requests_finish() -> None:
-    with served(*SMALL, "--drain-timeout", "8") as server:
+    with served(*SMALL, "--drain-timeout", "60") as server:
         want = server.post(COMPLETIONS, SLOW).json()["choices"][0]["text"]
-        server.fault("slow", 15)
+        server.fault("slow", 25)
         with ThreadPoolExecutor(2) as pool:
             whole = pool.submit(server.post, COMPLETIONS, SLOW)
             parts = pool.submit(server.post, COMPLETIONS, {**SLOW, "stream": True})
-            time.sleep(0.3)
+            server.busy(2)
             below = children(server.process.pid)
             assert below
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.1)
-            is_refusal(server.client.get("/ready"), 503, code="shutting_down")
+            while (ready := server.client.get("/ready")).status_code == 200:
+                time.sleep(0.005)
+            is_refusal(ready, 503, code="shutting_down")
             late = server.post(COMPLETIONS, CANARY)
             is_refusal(late, 503, code="shutting_down")
             assert late.headers["retry-after"]
-            assert whole.result(10).json()["choices"][0]["text"] == want
-            told = events(parts.result(10).text)
+            assert whole.result(60).json()["choices"][0]["text"] == want
+            told = events(parts.result(60).text)
         assert "".join(one["choices"][0]["text"] for one in told) == want
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0
         assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
 
 
@@ -189,26 +189,27 @@ def test_35_who_takes_longer_than_the_drain_is_told() -> None:
         server.fault("slow", 50)
         with ThreadPoolExecutor(1) as pool:
             parts = pool.submit(server.post, COMPLETIONS, {**SLOW, "stream": True})
-            time.sleep(0.4)
+            server.busy()
             server.process.send_signal(signal.SIGTERM)
-            told = events(parts.result(10).text)
+            told = events(parts.result(60).text)
         assert told[-1]["error"]["code"] == "shutting_down"
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_35_a_second_signal_ends_at_once() -> None:
     with served(*SMALL) as server:
         server.fault("slow", 100)
         with ThreadPoolExecutor(1) as pool:
-            going = pool.submit(_quietly, httpx.Client(base_url=server.url, timeout=20))
-            time.sleep(0.3)
+            going = pool.submit(_quietly, httpx.Client(base_url=server.url, timeout=120))
+            server.busy()
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
+            while server.client.get("/ready").status_code == 200:
+                time.sleep(0.005)
             began = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
-            server.process.wait(10)
-            assert time.monotonic() - began < 4
-            going.result(10)
+            server.process.wait(60)
+            assert time.monotonic() - began < 10  # its request would take 100 s, the drain 30
+            going.result(60)
 
 
 def _quietly(client: httpx.Client) -> None:
@@ -222,12 +223,12 @@ def test_37_an_engine_that_keeps_dying_is_given_up() -> None:
             server.wait_ready()
             pid = server.info()["engine_pid"]
             os.kill(pid, signal.SIGKILL)
-            limit = time.monotonic() + 5
+            limit = time.monotonic() + 60
             while time.monotonic() < limit and server.process.poll() is None:
                 with contextlib.suppress(httpx.TransportError):
                     if server.info()["engine_pid"] != pid:
                         break
                 time.sleep(0.02)
-        assert server.process.wait(15) == 1
+        assert server.process.wait(60) == 1
         assert "died" in server.log[-1]
         assert "Traceback" not in "".join(server.log)

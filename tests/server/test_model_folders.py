@@ -69,7 +69,7 @@ def test_40_refused_with_one_line(tiny: Path, tmp_path: Path, spoil: Callable[[P
     shutil.copytree(tiny, folder)
     spoil(folder)
     command = [sys.executable, "-m", "ridgeline.cli.main", "serve", str(folder), "--port", "0", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: "), done.stderr

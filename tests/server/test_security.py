@@ -149,7 +149,7 @@ def test_a_taken_port_is_one_line() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "ridgeline.cli.main", "serve", "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: cannot listen")
     assert "Traceback" not in done.stderr

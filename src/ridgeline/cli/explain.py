@@ -41,7 +41,7 @@ def command(
     from ridgeline.cli.progress import bar
     from ridgeline.core.errors import InvalidArgument
     from ridgeline.llm import LLM
-    from ridgeline.perf.card import load_card
+    from ridgeline.perf.machine_card import card_of, read_card
     from ridgeline.study import pictures
     from ridgeline.study.explain import explain
     from ridgeline.study.plan import datasheet_of
@@ -51,7 +51,7 @@ def command(
         if value < 1:
             raise InvalidArgument(name, f"must be at least 1, not {value}")
     pictures.checked(plot)
-    measured = load_card(card) if card else None
+    given = read_card(card) if card else None
     settings = options.engine_settings(
         dtype=dtype, device=device, kernels=kernels, load_format=load_format, max_model_len=max_model_len
     )
@@ -61,6 +61,8 @@ def command(
                 "prompt_len",
                 f"{prompt_len} + {output_len} tokens are beyond max_model_len {llm.built.config.max_model_len}",
             )
+        built = llm.built
+        measured = card_of(given, built.price, built.directory.name, built.config.dtype) if given else None
         with bar("explaining", shown=not as_json, unit="run") as progress:
             steps = explain(
                 llm.built, equal(batch, prompt_len, output_len), rounds=rounds, progress=progress, card=measured

@@ -65,6 +65,7 @@ def command(
     load_format: options.LoadFormat = "auto",
     kernels: options.Kernels = "auto",
     attention_backend: options.AttentionBackend = "auto",
+    speculative_config: options.SpeculativeConfig = None,
     explained: Annotated[
         bool, typer.Option("--explain", help="End with where a decode step's time goes (about two seconds more).")
     ] = False,
@@ -116,6 +117,7 @@ def command(
         load_format=load_format,
         kernels=kernels,
         attention_backend=attention_backend,
+        speculative_config=options.speculation(speculative_config),
     )
     with LLM(model, **settings) as llm:
         if verbose and not as_json:

@@ -55,6 +55,7 @@ def command(
     load_format: options.LoadFormat = "auto",
     kernels: options.Kernels = "auto",
     attention_backend: options.AttentionBackend = "auto",
+    speculative_config: options.SpeculativeConfig = None,
     seed: Annotated[int | None, typer.Option(help="Of requests without one.")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
 ) -> None:
@@ -75,6 +76,7 @@ def command(
         load_format=load_format,
         kernels=kernels,
         attention_backend=attention_backend,
+        speculative_config=options.speculation(speculative_config),
         seed=seed,
         enforce_eager=enforce_eager,
     )

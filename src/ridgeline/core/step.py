@@ -170,6 +170,16 @@ class StepRecord:
     draft_s: float = 0.0
     verified: tuple[Verified, ...] = ()
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step brought."""
+        return self.sampled + self.accepted
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits that it computed."""
+        return self.sampled + self.drafted
+
 
 @dataclass(frozen=True, slots=True)
 class Spans:

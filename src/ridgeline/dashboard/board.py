@@ -96,7 +96,7 @@ class Step:
             prompt = max(sum(new for new, _ in record.spans) - record.drafted - record.sampled, 0)
         return cls(
             kind=record.kind,
-            output_tokens=record.sampled + record.accepted,
+            output_tokens=record.tokens,
             prompt_tokens=prompt,
             device_s=record.device_s,
             predicted_s=record.predicted_s,

@@ -10,14 +10,17 @@ results of the first. Steps whose next one needs a token's value (`Scheduler.may
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ridgeline.core.clock import Clock
 from ridgeline.core.request import Request
 from ridgeline.core.step import Spans, StepPlan, StepRecord, StepResult
+from ridgeline.core.tree import TokenTree
 from ridgeline.engine.executor import Executor, Handle
 from ridgeline.schedule import Event, Scheduler
+from ridgeline.schedule.scheduler import NO_DRAFTS, Choice
+from ridgeline.speculate.speculator import Speculator
 
 
 @dataclass(slots=True)
@@ -38,7 +41,8 @@ class Engine:
     predict(plan) -> seconds, if given, is asked before each step and lands in its record. Listeners
     get every StepRecord. overlap: read a step's results only when the next one has been dispatched; tokens
     are the same, each comes one call of `step` later. retreats: requests of a step that fails wait again,
-    instead of ending with it.
+    instead of ending with it. speculator: drafts trees for the requests of each step; with one, results are read
+    at once.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Engine:
         predict: Callable[[StepPlan], float] | None = None,
         overlap: bool = False,
         retreats: bool = False,
+        speculator: Speculator | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -56,6 +61,7 @@ class Engine:
         self.predict = predict
         self.overlap = overlap
         self.retreats = retreats
+        self.speculator = speculator
         self.failed: tuple[str, ...] = ()
         """Requests of the step that failed last."""
         self.listeners: list[Callable[[StepRecord], None]] = []
@@ -70,12 +76,14 @@ class Engine:
     def abort(self, request_id: str) -> Request | None:
         """End a request at once; its blocks return. None if it is not here (any more)."""
         request = self.scheduler.abort(request_id)
+        self._forget(request_id)
         self._let_go()
         return request
 
     def finish(self, request_id: str, at_token: int, stop_reason: str) -> Request | None:
         """End a request at its output token `at_token`, because the owner of its text found a stop string."""
         request = self.scheduler.finish(request_id, at_token, stop_reason)
+        self._forget(request_id)
         self._let_go()
         return request
 
@@ -95,7 +103,7 @@ class Engine:
         start = self.clock.now()
         preempted = self.scheduler.preemptions
         chosen = self.scheduler.choose()
-        plan = self.scheduler.plan(chosen)
+        plan = self.scheduler.plan(chosen, self._drafts(chosen))
         if plan is not None:
             for request, _ in chosen:
                 if request.scheduled_s is None:
@@ -107,6 +115,23 @@ class Engine:
         self._let_go()
         events, self._events = self._events, []
         return events
+
+    def _drafts(self, chosen: Sequence[Choice]) -> Mapping[str, TokenTree]:
+        """Trees for the requests of a step. If drafting fails, the step does."""
+        if self.speculator is None or not chosen:
+            return NO_DRAFTS
+        scheduler = self.scheduler
+        try:
+            return self.speculator.draft(chosen, scheduler.room, scheduler.deepest, scheduler.cache.table)
+        except BaseException:
+            plan = scheduler.plan(chosen)
+            if plan is not None:
+                self._fail(plan)
+            raise
+
+    def _forget(self, request_id: str) -> None:
+        if self.speculator is not None:
+            self.speculator.forget(request_id)
 
     def _dispatch(self, plan: StepPlan, start_s: float, preempted: int) -> None:
         predicted_s = None if self.predict is None else self.predict(plan)
@@ -125,7 +150,13 @@ class Engine:
             self._fail(flight.plan)
             raise
         read_s = self.clock.now()
-        self._events += self.scheduler.commit(flight.plan, result)
+        events = self.scheduler.commit(flight.plan, result)
+        self._events += events
+        if self.speculator is not None:
+            self.speculator.learn(flight.plan, result, self.clock.now() - flight.start_s - self.speculator.last_draft_s)
+            for event in events:
+                if event.finish is not None:
+                    self.speculator.forget(event.request.request_id)
         if self.listeners:
             self._record(flight, result, read_s)
 
@@ -145,10 +176,11 @@ class Engine:
     def _record(self, flight: _Flight, result: StepResult, read_s: float) -> None:
         plan, now = flight.plan, self.clock.now()
         spans = Spans(tuple(c.new for c in plan.chunks), tuple(c.visible for c in plan.chunks))
+        draft_s = 0.0 if self.speculator is None else self.speculator.last_draft_s
         if self.overlap:  # what lies between dispatch and reading is the device's time, or another step's
             host_s = flight.dispatched_s - flight.start_s + now - read_s
         else:
-            host_s = now - flight.start_s - result.device_s
+            host_s = now - flight.start_s - result.device_s - draft_s
         record = StepRecord(
             number=plan.number,
             kind=plan.kind,
@@ -161,8 +193,11 @@ class Engine:
             host_s=host_s,
             device_s=result.device_s,
             predicted_s=flight.predicted_s,
-            sampled=len(result.sampled),
+            sampled=len(result.sampled) + len(result.accepted),
             padding=result.padding,
+            drafted=sum(len(chunk.tree) for chunk in plan.chunks if chunk.tree is not None),
+            accepted=sum(len(one.nodes) for one in result.accepted.values()),
+            draft_s=draft_s,
         )
         for listener in self.listeners:
             listener(record)

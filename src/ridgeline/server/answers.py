@@ -22,6 +22,8 @@ from ridgeline.server.jobs import Job
 from ridgeline.server.state import State
 
 DONE = b"data: [DONE]\n\n"
+SCORE_BYTES = 80
+"""About what a log-probability takes in an event."""
 
 
 def encoded(value: Mapping[str, Any]) -> bytes:
@@ -63,6 +65,7 @@ class Answer(Response):
         self.stream = stream
         self.background = None
         self._gone = False
+        self._cut_off = ""
         self._late: ApiError | None = None
         self.blocked_since: float | None = None
         self._started = False
@@ -109,6 +112,7 @@ class Answer(Response):
             "finish": sorted({one.finish_reason or "abort" for one in outputs}),
             "stream": self.stream,
             "gone": self._gone,
+            **({"cut_off": self._cut_off} if self._cut_off else {}),
             **({} if first is None else {"ttft_s": round(first, 4)}),
         }
 
@@ -131,22 +135,24 @@ class Answer(Response):
         self._late = queue_timeout(self.state.settings.retry_after_s) if queued else request_timeout()
         self.plan.news.set()
 
-    def stalled(self, now: float) -> bool:
-        """Whether the reader has not read for too long, or has too much waiting for it."""
+    def stalled(self, now: float) -> str:
+        """Why its reader must be let go: "time", it has not read for too long; "size", too much waits for it; or ""."""
         since = self.blocked_since
         if since is None:
-            return False
+            return ""
         settings = self.state.settings
         if now - since > settings.stall_timeout_s:
-            return True
-        return self.unread_bytes() > settings.max_stream_bytes
+            return "time"
+        return "size" if self.unread_bytes() > settings.max_stream_bytes else ""
 
     def unread_bytes(self) -> int:
-        """About how much text waits to be told."""
-        return sum(job.delivery.untold_characters() for job in self.plan.jobs)
+        """About how much waits to be told."""
+        untold = [job.delivery.untold() for job in self.plan.jobs]
+        return sum(characters + SCORE_BYTES * scores for characters, scores in untold)
 
-    def cut_off(self) -> None:
+    def cut_off(self, reason: str) -> None:
         """Let go of a reader that does not read, whatever is in its buffers."""
+        self._cut_off = reason
         self.hang_up()
         if self._abort is not None:
             self._abort()
@@ -240,5 +246,5 @@ async def sweep(state: State, every_s: float = 0.5) -> None:
         await asyncio.sleep(every_s)
         now = time.monotonic()
         for one in [*state.streams]:
-            if isinstance(one, Answer) and one.stalled(now):
-                one.cut_off()
+            if isinstance(one, Answer) and (reason := one.stalled(now)):
+                one.cut_off(reason)

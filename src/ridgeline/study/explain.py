@@ -177,6 +177,7 @@ class Watched:
     def run(self, plan: StepPlan) -> Handle:
         result = self._built.runner.run(plan, self._ops[plan.kind])
         self.steps.append((plan.kind, self._timer.take()))
+        result.device_s -= self._timer.paused_s
         return _Done(result)
 
     def close(self) -> None: ...
@@ -357,8 +358,8 @@ def _padding_s(
     lost = 0.0
     for record in records:
         tokens = sum(new for new, _ in record.spans)
-        whole = seconds.dense(tokens + record.padding, record.sampled + record.padding)
-        lost += max(whole - seconds.dense(tokens, record.sampled), 0.0)
+        whole = seconds.dense(tokens + record.padding, record.rows + record.padding)
+        lost += max(whole - seconds.dense(tokens, record.rows), 0.0)
     return lost / len(records)
 
 
@@ -372,7 +373,7 @@ def _predicted(card: Card, records: Sequence[StepRecord]) -> Predicted:
         around += card.step_s + card.request_s * len(new)
         one = card.ops_scale * card.attention_s(spans)
         attention += one
-        others += card.device_s(spans, record.sampled) - one - card.step_s - card.request_s * len(new)
+        others += card.device_s(spans, record.rows) - one - card.step_s - card.request_s * len(new)
         host += card.host_s(spans)
         measured += record.device_s + record.host_s
         beyond += not card.covers(spans)

@@ -83,9 +83,10 @@ for dtype in (torch.bfloat16, torch.float32):
         features = {"softcap": 20.0, "sinks": True, "tails": tails, "return_lse": True}
         inputs = attention_inputs("cpu", dtype, 8, 2, 128, 64, 64, new, visible, **features)
         call("attention", **inputs)
-    for name in ("norm", "layer_norm", "rope_kv_write", "sample", "moe", "linear", "feed"):
+    for name in ("norm", "layer_norm", "rope_kv_write", "sample", "moe", "linear", "feed", "embed", "take"):
         for inputs in REGISTRY[name].inputs("cpu", dtype):
-            call(name, **inputs)
+            if name != "embed" or "positions" in inputs:
+                call(name, **inputs)
     for tokens, inner in ((1, 512), (1, 1024), (20, 512), (40, 512), (300, 512)):
         weight = Weight.dense_from(torch.zeros(2 * inner, 1024, dtype=dtype))
         call("gated_linear", x=torch.zeros(tokens, 1024, dtype=dtype), weight=weight)

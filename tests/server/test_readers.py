@@ -1,0 +1,87 @@
+"""Clients that ask and do not read, or go away: each costs itself, and nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from served import CANARY, COMPLETIONS, Served, head, served
+
+ECHO = {**CANARY, "n": 8, "prompt": [7] * 800, "max_tokens": 400, "ignore_eos": True, "temperature": 1.0,
+        "echo": True, "logprobs": 5}  # fmt: skip
+"""Its first event, an echo, is more than a connection's buffers hold."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    limits = ("--set", "stall_timeout_s=1", "--set", "max_stream_bytes=15000")
+    with served("--max-num-seqs", "16", "--kv-cache-memory-bytes", "400000000", *limits) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def unread(server: Served, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A stream of this request, of which nothing is read; this side keeps as little of it as it can."""
+    raw = json.dumps({**body, "stream": True}).encode()
+    with socket.socket() as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        link.settimeout(10)
+        link.connect(("127.0.0.1", server.port))
+        link.sendall(head(f"Content-Length: {len(raw)}") + raw)
+        yield link
+
+
+def cut_offs(server: Served) -> list[str]:
+    """Why readers have been let go, so far."""
+    return [json.loads(line)["cut_off"] for line in [*server.log] if '"cut_off"' in line]
+
+
+def is_cut(link: socket.socket) -> bool:
+    """Whether the connection ends in the middle of the stream."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := link.recv(65536):
+            received += part
+    return received.startswith(b"HTTP/1.1 200") and b"[DONE]" not in received
+
+
+@pytest.mark.parametrize("limit", ["time", "size"])
+def test_34_a_reader_that_does_not_read_is_cut_off(sound: Served, limit: str) -> None:
+    """Others go on meanwhile. With slow steps too little comes to be too much: then it is time that ends it."""
+    before = len(cut_offs(sound))
+    with sound.slowed(1000 if limit == "time" else 0), unread(sound, ECHO) as link:
+        give_up = time.monotonic() + 30
+        while len(cut_offs(sound)) == before:
+            assert sound.post(COMPLETIONS, {**CANARY, "max_tokens": 1}).status_code == 200
+            assert time.monotonic() < give_up
+        sound.settled()
+        assert cut_offs(sound)[before:] == [limit]
+        assert is_cut(link)
+
+
+def ask(server: Served, body: dict[str, Any]) -> socket.socket:
+    """A connection on which this has been asked."""
+    raw = json.dumps(body).encode()
+    link = socket.create_connection(("127.0.0.1", server.port))
+    link.sendall(head(f"Content-Length: {len(raw)}") + raw)
+    return link
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("when", ["at once", "in the middle"])
+def test_33_whoever_leaves_is_forgotten(sound: Served, stream: bool, when: str) -> None:
+    """Half of them run and half wait. In steps of 20 ms all are gone within a second's worth of steps."""
+    with sound.slowed(20):
+        links = [ask(sound, {**CANARY, "max_tokens": 1800, "ignore_eos": True, "stream": stream}) for _ in range(32)]
+        if when == "in the middle":
+            sound.busy(16)
+        for link in links:
+            link.close()
+        steps = sound.info()["engine"]["steps"]
+        sound.settled()
+        assert sound.info()["engine"]["steps"] - steps < 63  # 50, and those between two beats
