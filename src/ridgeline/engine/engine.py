@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ridgeline.core.clock import Clock
 from ridgeline.core.request import Request
-from ridgeline.core.step import Spans, StepPlan, StepRecord, StepResult
+from ridgeline.core.step import Spans, StepPlan, StepRecord, StepResult, Verified
 from ridgeline.core.tree import TokenTree
 from ridgeline.engine.executor import Executor, Handle
 from ridgeline.schedule import Event, Scheduler
@@ -193,6 +193,11 @@ class Engine:
             host_s=host_s,
             device_s=result.device_s,
             predicted_s=flight.predicted_s,
+            verified=tuple(
+                Verified(chunk.token_ids[-1], chunk.tree, result.accepted[chunk.request_id].nodes)
+                for chunk in plan.chunks
+                if chunk.tree is not None
+            ),
             sampled=len(result.sampled) + len(result.accepted),
             padding=result.padding,
             drafted=sum(len(chunk.tree) for chunk in plan.chunks if chunk.tree is not None),
