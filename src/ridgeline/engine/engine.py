@@ -201,11 +201,6 @@ class Engine:
             host_s=host_s,
             device_s=result.device_s,
             predicted_s=flight.predicted_s,
-            verified=tuple(
-                Verified(chunk.token_ids[-1], chunk.tree, result.accepted[chunk.request_id].nodes)
-                for chunk in plan.chunks
-                if chunk.tree is not None
-            ),
             sampled=len(result.sampled) + len(result.accepted),
             padding=result.padding,
             drafted=sum(len(chunk.tree) for chunk in plan.chunks if chunk.tree is not None),
