@@ -150,10 +150,19 @@ def small(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(step_bench, "REPEATS", 2)
     made = Made("dense", {**_llama(48, 80, 2, 1, 2, 300), "head_dim": 16})
     points = replace(
-        calibrate_machine.CPU, models=(made,), tokens=(1, 12), batches=(1, 2), contexts=(16,), chunks=(12,),
-        over=(1, 2), decodes=((1, 12), (2, 14), (1, 9), (2, 10)), prompts=((9, 0), (10, 0), (11, 0)), pool_bytes=1 << 20, rounds=1,
+        calibrate_machine.CPU,
+        models=(made,),
+        tokens=(1, 12),
+        batches=(1, 2),
+        contexts=(16,),
+        chunks=(12,),
+        over=(1, 2),
+        decodes=((1, 12), (2, 14), (1, 9), (2, 10)),
+        prompts=((9, 0), (10, 0), (11, 0)),
+        pool_bytes=1 << 20,
+        rounds=1,
         anchor_s=0.01,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(calibrate_machine, "CPU", points)
 
 
