@@ -13,8 +13,17 @@ import torch
 
 from benchmarks import gpu_accuracy
 from benchmarks.record import Record
+from ridgeline.core.step import Spans
+from ridgeline.models import parse_config
+from ridgeline.ops import Ops
 from ridgeline.perf.machine_card import MachineCard, read_card
+from ridgeline.study.calibrate_machine import CUDA
+from ridgeline.study.plan import Planner
 
+CARD = MachineCard(
+    device="a GPU", dtype="bfloat16", made="", read_bytes_per_s=4e12, matrix_flops=7e14, reads=(), ops={}, decode=(),
+    prefill=(), most_tokens=1, most_requests=1, longest=1,
+)  # fmt: skip
 COMMON = ["--quick", "--device", "cpu", "--kernels", "reference", "--threads", "1"]
 
 
@@ -70,6 +79,26 @@ def test_points_on_the_grid_are_found(first: tuple[Path, dict[str, Any]]) -> Non
     same = type(plane)((float(sizes.heads), float(sizes.kv_heads), float(sizes.head_dim)), (1.0,), (32.0,), ((1.0,),))
     changed = MachineCard(**{**vars(card), "decode": (same,)})
     assert gpu_accuracy.overlaps(changed, held) == [("attention", same.sizes, 1.0, 32.0)]
+
+
+@pytest.mark.parametrize("name", gpu_accuracy.MODELS)
+def test_no_held_out_point_is_on_the_gpus_grid(name: str) -> None:
+    """By the sizes of the made-up models alone: what a GPU would be measured at, without one."""
+    options = gpu_accuracy.arguments().parse_args(["--pool-bytes", str(100 << 30)])
+    held = gpu_accuracy.held_out(name, options, torch.device("cpu"), CARD)
+    points = gpu_accuracy.points_of(held)
+    assert len(held.cells) >= 3 + 4 * 3 - 2
+    assert points
+    for made in CUDA.models:
+        values = {**made.config, "max_position_embeddings": CUDA.longest, "torch_dtype": CUDA.dtype}
+        planner = Planner(parse_config(values), made.name, CUDA.dtype)
+        for tokens in CUDA.tokens:
+            seen = gpu_accuracy._Sizes()
+            planner.price.trace(Spans((tokens,), (tokens,)), 1, False, Ops({}, seen))
+            assert not {(op, sizes, along, 0.0) for op, sizes, along in seen.found} & points
+        heads = (float(planner.spec.heads), float(planner.spec.kv_heads), float(planner.spec.head_dim))
+        grid = {("attention", heads, float(row), float(column)) for row in CUDA.batches for column in CUDA.contexts}
+        assert not grid & points
 
 
 def test_memory_beside_the_plan() -> None:
