@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> Record:
     for temperature in options.temperatures:
         start = time.perf_counter()
         rows = continued(target, openings, options.tokens, temperature)
-        one = report(target, {SSM: small}, rows, temperature)
+        one = report({SSM: small}, rows, temperature)
         reports.append(one)
         tables(record, one)
         print(f"temperature {temperature}: {time.perf_counter() - start:.0f} s", flush=True)

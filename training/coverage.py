@@ -49,6 +49,8 @@ NODES = (2, 4, 8, 16, 32, 64)
 DEPTH = 6
 """Tokens on a tree's longest path."""
 
+TEMPERATURES = (0.0, 0.8)
+
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Shares of the first model in a mixture of two, the likeliest of which is taken."""
 
@@ -139,11 +141,10 @@ def lookups(ids: Tensor, known: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Places:
-    """Everything about the positions of some rows: the target's tokens [N], its distribution as goals [N, vocabulary],
-    the noise (None: greedy), and each drafter."""
+    """Everything about the continued positions of one row: the target's tokens [N], the noise (None: greedy), and each
+    drafter."""
 
     chosen: Tensor
-    goals: Tensor
     noise: Tensor | None
     drafters: dict[str, Drafter]
 
@@ -152,24 +153,22 @@ NGRAM = "n-gram"
 
 
 @torch.no_grad()
-def places(target: Llama, models: Mapping[str, Llama], rows: Rows, temperature: float) -> Iterator[Places]:
-    """The positions of one row after the other. Goals: the target's token if greedy, else its distribution."""
+def places(models: Mapping[str, Llama], rows: Rows, temperature: float) -> Iterator[Places]:
+    """The positions of one row after the other."""
     for row, (ids, known) in enumerate(zip(rows.ids, rows.known)):
-        inputs, chosen = ids[None, :-1], ids[known:]
-        vocabulary = target.sizes.vocab_size
+        inputs = ids[None, :-1]
         noise = None
-        goals = torch.nn.functional.one_hot(chosen, vocabulary).float()
         if temperature:
             at = torch.arange(known, len(ids), device=ids.device)
+            vocabulary = next(iter(models.values())).sizes.vocab_size
             noise = gumbel(torch.full_like(at, rows.seed(row)), at, vocabulary)
-            goals = (target(inputs)[0, known - 1 :].float() / temperature).softmax(-1)
         drafters = {}
         for name, model in models.items():
             logits = model(inputs)[0, known - 1 :].float() / (temperature or 1.0)
             drafters[name] = drafter(logits.log_softmax(-1), noise, CHILDREN)
         tokens, lengths = lookups(ids, known)
         drafters[NGRAM] = Drafter(tokens.to(ids.device), lengths=lengths.to(ids.device))
-        yield Places(chosen, goals, noise, drafters)
+        yield Places(ids[known:], noise, drafters)
 
 
 def found_at(children: Tensor, chosen: Tensor) -> Tensor:
@@ -197,9 +196,10 @@ class Arm:
 
 
 def arms_of(models: Sequence[str]) -> list[Arm]:
-    """Every model alone, the first with each other one in every way, the first with n-grams."""
+    """Every model alone, the first with each other one in every way, the first with n-grams. The first one stacked
+    alone shows what of a stack's gain comes from calibration."""
     first, *others = models
-    arms = [Arm((name,)) for name in (*models, NGRAM)]
+    arms = [Arm((name,)) for name in (*models, NGRAM)] + [Arm((first,), "stacking")]
     for name in others:
         arms += [Arm((first, name), way) for way in (*COMBINATIONS, "weighting", "stacking")]
     return [*arms, *(Arm((first, NGRAM), way) for way in ("union", "stacking"))]
@@ -223,11 +223,11 @@ class _Gathered:
             log_qs = [log_q for name in arm.names if (log_q := at.drafters[name].log_q) is not None]
             mixed = [mixture(log_qs, (share, 1 - share)) for share in SHARES]
             self.by_share.append(torch.stack([found_at(best(log_q, at.noise, CHILDREN), at.chosen) for log_q in mixed]))
-            self.likelihood.append(torch.stack([(at.goals * log_q).sum(-1).mean() for log_q in mixed]))
+            self.likelihood.append(torch.stack([log_q.gather(-1, at.chosen[:, None]).mean() for log_q in mixed]))
         else:
-            self.stacks.append(stack([at.drafters[name] for name in arm.names], at.noise, at.goals))
+            self.stacks.append(stack([at.drafters[name] for name in arm.names], at.noise, at.chosen))
 
-    def settle(self, arm: Arm, rows: Rows) -> tuple[np.ndarray, list[list[float]]]:
+    def settle(self, arm: Arm, rows: Rows, noisy: bool) -> tuple[np.ndarray, list[list[float]]]:
         """Places int64[rows, count], and what was learned on the other half of the rows, for each half."""
         count = len(rows.ids)
         learned: list[list[float]] = []
@@ -242,7 +242,7 @@ class _Gathered:
                 for row in mine:
                     found[row] = self.by_share[row][share].cpu()
             else:
-                weights = fitted(joined([self.stacks[row] for row in others]))
+                weights = fitted(joined([self.stacks[row] for row in others]), noisy)
                 learned.append(weights.tolist())
                 for row in mine:
                     chosen = rows.ids[row][rows.known[row] :]
@@ -332,29 +332,30 @@ def summary(found: Mapping[str, np.ndarray], reference: str) -> dict[str, Any]:
         for nodes in NODES:
             tokens = tree_accepted(places_found, nodes)
             trees[str(nodes)] = {
-                "accepted": float(tokens.mean()),
-                "accepted_a_node": float(tokens.mean() / nodes),
-                "beside_first": gain(tokens, beside[nodes]),
+                "accepted": round(float(tokens.mean()), 4),
+                "accepted_a_node": round(float(tokens.mean() / nodes), 5),
+                "beside_first": [round(one, 4) for one in gain(tokens, beside[nodes])],
             }
         arms[name] = {
-            "covered": {str(count): float((places_found < count).mean()) for count in COVERED},
-            "law": law_of(places_found)[:8],
-            "by_depth": {str(width): by_depth(places_found, width) for width in (1, 4)},
+            "covered": {str(count): round(float((places_found < count).mean()), 4) for count in COVERED},
+            "law": [round(share, 4) for share in law_of(places_found)[:8]],
+            "by_depth": {str(width): [round(one, 4) for one in by_depth(places_found, width)] for width in (1, 4)},
             "trees": trees,
         }
     return arms
 
 
-def report(target: Llama, models: Mapping[str, Llama], rows: Rows, temperature: float) -> dict[str, Any]:
-    """All arms on all rows, and on the rows that do not loop. `models`: the first small model comes first."""
+def report(models: Mapping[str, Llama], rows: Rows, temperature: float) -> dict[str, Any]:
+    """All arms on all rows, and on the rows that do not loop. `models`: the first small model comes first; the rows are
+    those that `continued` made at this temperature."""
     arms = arms_of(list(models))
     gathered = [_Gathered() for _ in arms]
-    for at in places(target, models, rows, temperature):
+    for at in places(models, rows, temperature):
         for arm, one in zip(arms, gathered):
             one.take(arm, at)
     found, learned = {}, {}
     for arm, one in zip(arms, gathered):
-        found[str(arm)], what = one.settle(arm, rows)
+        found[str(arm)], what = one.settle(arm, rows, temperature > 0)
         if what:
             learned[str(arm)] = what
     steady = [row for row, loops in enumerate(rows.looping()) if not loops]

@@ -75,11 +75,9 @@ def test_the_target_itself_is_always_right(temperature: float) -> None:
     """An oracle proposes the token first, everywhere: the noise of drafter and target is one and the same."""
     target = model(0)
     rows = continued(target, OPENINGS, 10, temperature)
-    for at in places(target, {"oracle": target, "other": model(1)}, rows, temperature):
+    for at in places({"oracle": target, "other": model(1)}, rows, temperature):
         assert found_at(at.drafters["oracle"].tokens, at.chosen).tolist() == [0] * 10
         assert (found_at(at.drafters["other"].tokens, at.chosen) > 0).any()
-        if not temperature:
-            assert at.goals.argmax(-1).tolist() == at.chosen.tolist()
 
 
 def test_lookups_know_only_what_stands_before() -> None:
@@ -163,7 +161,7 @@ def test_a_second_drafter_that_knows_more_is_seen_to_pay() -> None:
     target = model(0)
     draw = torch.Generator().manual_seed(5)
     rows = continued(target, [torch.randint(1, 300, (6,), generator=draw) for _ in range(6)], 20, 0.0)
-    made = report(target, {"first": near(target), "same": near(target), "oracle": target}, rows, 0.0)
+    made = report({"first": near(target), "same": near(target), "oracle": target}, rows, 0.0)
     arms = made["arms"]
     assert arms["oracle"]["covered"]["1"] == 1.0
     assert arms["first + oracle, union"]["covered"]["2"] == 1.0
