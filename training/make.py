@@ -65,7 +65,7 @@ def machine() -> str:
 def make_corpus(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     prompts = [prompt for _, prompt in evaluate.read_prompts(arguments.prompts)]
-    corpus.build(arguments.work, prompts, arguments.workers)
+    corpus.build(arguments.work, prompts, arguments.workers, arguments.packages)
     listing = json.loads((arguments.work / "corpus.json").read_text())
     sizes = {key: listing[key] for key in ("files_read", "files_dropped", "files_kept", "bytes_kept")}
     record(arguments.work, "corpus", {**sizes, "seconds": time.perf_counter() - start})
@@ -465,6 +465,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--prompts", type=Path, help="HumanEval as JSON lines: kept out of the corpus, then measured")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--packages", nargs="+", default=[], help="a small corpus of these alone (cpython: the library)"
+    )
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--tokenizer-bytes", type=int, default=100_000_000)
     parser.add_argument("--rows", type=int, default=64, help="rows of a batch")
