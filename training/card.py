@@ -121,7 +121,7 @@ def _pair_table(report: dict[str, Any], costs: dict[str, Any], key: str) -> str:
             arm,
             _bytes(cost["bytes"]),
             cost["passes"],
-            *(f"{one['covered'][str(count)]:.3f}" for count in (1, 2, 4, 8)),
+            *(f"{one['covered'][str(count)]:.3f}" if one["covered"] else "" for count in (1, 2, 4, 8)),
             *(f"{tree['accepted']:.2f}, {tree['beside_first'][0]:.3f}x" for tree in trees),
         ))  # fmt: skip
     head = ("drafters", "weights read a level", "passes", *(f"k = {count}" for count in (1, 2, 4, 8)))
