@@ -17,11 +17,18 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	@$(VENV)/bin/ridgeline generate --explain
+	@$(VENV)/bin/ridgeline generate --explain --speculative-config tree
+
+# Tests that wait, time, or are processes talking to each other have the machine alone. The others share it, each worker
+# with one thread (those about threads ask for more); a file stays with one worker.
+ALONE := tests/dashboard tests/engine tests/server tests/workload tests/study/test_tune.py
+WORKERS ?= 2
+SHARED := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest tests -m "not slow and not gpu and not interpret"
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/kernels/triton -m "interpret and not slow"
+	$(SHARED) --dist loadfile tests $(ALONE:%=--ignore=%) -m "not slow and not gpu and not interpret"
+	$(VENV)/bin/python -m pytest $(ALONE) -m "not slow and not gpu and not interpret"
+	TRITON_INTERPRET=1 $(SHARED) --dist worksteal tests/kernels/triton -m "interpret and not slow"
 
 # Its last result stays in the tree: tests/slow-results.txt.
 test-slow: $(READY)

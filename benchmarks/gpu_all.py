@@ -68,6 +68,10 @@ def latency(options: argparse.Namespace) -> list[str]:
     return ["-c", program, "bench", "latency", *rungs, *few, "--out", str(options.out / "latency.json")]
 
 
+def accuracy_later(options: argparse.Namespace) -> list[str]:
+    return benchmark("gpu_accuracy", "--card", str(options.out / "gpu-accuracy-card.json"))(options)
+
+
 STEPS = (
     Step("tests", 5, "tests on a GPU", tests("gpu and not slow", "tests.xml")),
     Step("decode-step", 2, "the engine's whole decode step", benchmark("gpu_decode")),
@@ -77,9 +81,25 @@ STEPS = (
     Step("sweep", 6, "every rung on the papers' grid",
          benchmark("attention", "sweep", "--grouped", "--name", "attention-sweep")),
     Step("latency", 5, "whole models with each rung", latency),
+    Step("model", 8, "a card without a model, then held-out models beside it", benchmark("gpu_accuracy")),
+    Step("model-later", 5, "the same with that card, anchored anew", accuracy_later),
     Step("accuracy", 1, "errors on numbers with outliers", benchmark("attention_accuracy")),
     Step("seeds", 6, "what neighbours change, and what it costs that they do not", benchmark("gpu_seeds")),
     Step("baseline", 2, "the engine beside Transformers", benchmark("gpu_baseline")),
+    Step("speculation-1", 5, "speculation at batch 1, greedy and sampled",
+         benchmark("gpu_speculation", "--batches", "1", "--temperatures", "0", "0.8", "--name", "speculation-1")),
+    Step("speculation-few", 6, "speculation at batches 2 to 16",
+         benchmark("gpu_speculation", "--batches", "2", "4", "8", "16", "--name", "speculation-few")),
+    Step("speculation-many", 6, "speculation at batches 32 to 128",
+         benchmark("gpu_speculation", "--batches", "32", "64", "128", "--new", "64", "--name", "speculation-many")),
+    Step("speculation-256", 5, "speculation at batch 256",
+         benchmark("gpu_speculation", "--batches", "256", "--new", "64", "--name", "speculation-256")),
+    Step("speculation-adversary", 4, "a drafter that knows nothing",
+         benchmark("gpu_speculation", "--adversary", "--batches", "1", "8", "64", "--new", "64", "--name",
+                   "speculation-adversary")),
+    Step("speculation-merge", 4, "a drafter beside one and n-grams at equal nodes",
+         benchmark("gpu_speculation", "--merge", "--batches", "1", "4", "--new", "64", "--name", "speculation-merge")),
+    Step("tree-shapes", 5, "width and depth of trees by vocabulary and batch", benchmark("gpu_tree_shapes")),
     Step("product", 3, "products in fixed tiles", benchmark("gpu_product")),
     Step("variants", 3, "sm90 with other sections and ends of tiles",
          benchmark("attention_prefill", "--variants", "sections-8", "sections-16", "flush", "--lengths", "512", "4096",

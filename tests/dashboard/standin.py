@@ -14,18 +14,21 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from ridgeline.core.step import Verified
 from ridgeline.core.tree import TokenTree
 from ridgeline.dashboard.board import Board, Facts, Now, Step
 from ridgeline.perf.roofline import Roofline
 from ridgeline.server.page import locked, page_router
 
 ROOFLINE = Roofline(matrix_flops=989e12, vector_flops=67e12, bytes_per_s=4.8e12)
+WORDS = ["        ", "return", " self", ".items", "[-1]", ".pop", "()", "[0]", " None", "\n", " raise", " len", "(self"]
 FACTS = Facts(
     model="llama-3.1-8b",
     device="NVIDIA H200",
@@ -37,14 +40,16 @@ FACTS = Facts(
     max_model_len=131072,
     roofline=ROOFLINE,
     roofs="H200 SXM, bf16 dense",
+    word=WORDS.__getitem__,
 )
 WEIGHTS, PER_TOKEN = 15.0e9, 131072.0
 STORY = (
     "        self.items = []\n\n    def push(self, item):\n        self.items.append(item)\n\n"
     "    def pop(self):\n        return self.items.pop()\n"
 )
-WORDS = ["return", " self", ".items", "[-1]", ".pop", "()", "[0]", " None", "\n", " raise", " len", "(self"]
 PARENTS = [-1, 0, 1, 2, 2, 4, 2, 0, -1, 8, -1, 10]
+TREE = TokenTree(range(1, len(WORDS)), PARENTS)
+"""Token 0 stands before it."""
 
 
 class Time:
@@ -66,7 +71,8 @@ def lively(board: Board, clock: Time, seconds: float = 118.0, seed: int = 7, spe
         waiting = max(0, round(draw.gauss(6, 4))) if running > 34 else 0
         keys = running * 1800
         for _ in range(5):
-            board.step(step_of(draw, "decode", running, 0, keys, running, waiting))
+            step = step_of(draw, "decode", running, 0, keys, running, waiting)
+            board.step(drafted(draw, step) if speculation and draw.random() < 0.5 else step)
         kind = "mixed" if draw.random() < 0.8 else "prefill"
         new = draw.choice((256, 512, 1024, 2048))
         board.step(step_of(draw, kind, running if kind == "mixed" else 1, new, keys, running, waiting))
@@ -76,11 +82,21 @@ def lively(board: Board, clock: Time, seconds: float = 118.0, seed: int = 7, spe
             cached = prompt * 3 // 5 if draw.random() < 0.5 else 0
             reason = draw.choice(("stop", "stop", "length"))
             board.finished(reason, prompt, cached, draw.lognormvariate(-4.65, 0.13))
-        if speculation and draw.random() < 0.3:
-            tree = TokenTree(range(len(WORDS)), PARENTS)
-            accepted = draw.choice(([0, 1, 2, 3], [0, 1], [0], [], [0, 1, 2, 4, 5]))
-            board.speculated(tree, accepted, WORDS, "        ")
         clock.now_s += 0.35
+
+
+def drafted(draw: random.Random, step: Step) -> Step:
+    """The same step, had it verified a tree for each of its requests."""
+    paths = draw.choices(([0, 1, 2, 3], [0, 1], [0], [], [0, 1, 2, 4, 5]), k=step.rows)
+    return replace(
+        step,
+        kind="tree",
+        drafted=len(TREE) * step.rows,
+        accepted=sum(map(len, paths)),
+        draft_s=step.device_s * draw.uniform(0.1, 0.2),
+        depths=tuple(map(len, paths)),
+        verified=Verified(0, TREE, paths[-1]),
+    )
 
 
 def step_of(draw: random.Random, kind: str, rows: int, new: int, keys: int, running: int, waiting: int) -> Step:
@@ -99,6 +115,7 @@ def step_of(draw: random.Random, kind: str, rows: int, new: int, keys: int, runn
         free_blocks=FACTS.num_blocks - keys // 64 * 4,
         flops=flops,
         bytes=moved,
+        rows=rows,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from standin import FACTS, ROOFLINE, Time, lively
 
 from ridgeline.core.cost import Cost
-from ridgeline.core.step import StepRecord
+from ridgeline.core.step import StepRecord, Verified
 from ridgeline.core.tree import TokenTree
 from ridgeline.dashboard.board import HISTORY_S, Board, Now, Step
 
@@ -73,11 +73,25 @@ def test_curves_keep_what_an_idle_engine_holds_and_nothing_else() -> None:
     assert series["running"] == [0, 0, 4, 4, 4, 4]
     assert series["waiting"] == [0, 0, 1, 1, 1, 1]
     assert series["kv_usage"] == [0, 0, *[0.125] * 4]
+    assert series["prefix_hits"] == [None] * 6
     clock.now_s = 1000.0
     series = plain(board)["series"]
     assert [len(series[name]) for name in ("output_tokens", "running", "kv_usage")] == [HISTORY_S] * 3
     assert set(series["output_tokens"]) == {0}
     assert set(series["running"]) == {4}
+
+
+def test_prefix_hits_second_by_second() -> None:
+    clock = Time()
+    board = Board(FACTS, clock)
+    board.step(STEP)
+    clock.now_s = 2.0
+    board.finished("stop", prompt_tokens=300, cached_tokens=256)
+    board.finished("stop", prompt_tokens=100)
+    clock.now_s = 4.0
+    series = plain(board)["series"]
+    assert series["prefix_hits"] == [None, None, 0.64, None]
+    assert series["running"] == [4, 4, 4, 4]
 
 
 def test_the_server_knows_better_who_is_in_flight() -> None:
@@ -146,16 +160,60 @@ def test_times_of_requests_and_prefix_hits() -> None:
     assert plain(board)["now"]["prefix_hit_rate"] is None
 
 
-def test_speculation() -> None:
-    board = Board(FACTS, Time())
-    tree = TokenTree((5, 6, 7, 8), (-1, 0, 0, -1))
-    board.speculated(tree, [0, 2], ("a", "b", "c", "d"), "r")
-    board.speculated(tree, [], show=False)
+TREE = TokenTree((5, 6, 7, 8), (-1, 0, 0, -1))
+
+
+def of_trees(device_s: float = 0.006, draft_s: float = 0.002, **values: Any) -> StepRecord:
+    """Three requests, two of them with a tree: one accepted down to a leaf, one not at all."""
+    known: dict[str, Any] = {
+        "number": 3, "kind": "tree", "spans": ((5, 90), (5, 40), (1, 30)), "running": 3, "waiting": 0,
+        "free_blocks": 10, "preempted": 0, "start_s": 0.0, "host_s": 0.001, "sampled": 3, "drafted": 8, "accepted": 2,
+        "verified": (Verified(9, TREE, []), Verified(4, TREE, [0, 2])),
+    }  # fmt: skip
+    return StepRecord(device_s=device_s, draft_s=draft_s, **{**known, **values})
+
+
+def test_speculation_is_told_of_once_there_was_a_draft() -> None:
+    clock = Time()
+    board = Board(replace(FACTS, word="w{}".format), clock)
+    board.step(STEP)
+    assert plain(board)["speculation"] is None
+    clock.now_s = 2.5
+    board.step(Step.of(of_trees()))
+    clock.now_s = 4.0
+    board.step(STEP)
     found = plain(board)["speculation"]
-    assert (found["drafts"], found["draft_tokens"], found["accepted_tokens"]) == (2, 8, 2)
-    assert (found["acceptance"], found["tokens_per_step"]) == (0.25, 2.0)
+    assert (found["steps"], found["drafted"], found["accepted"]) == (1, 8, 2)
+    assert (found["acceptance"], found["tokens_per_step"]) == (0.25, pytest.approx(5 / 3))
+    assert (found["draft_s"], found["draft_share"]) == (0.002, 0.25)
     assert found["by_depth"] == [0.5, 0.5]
-    assert found["tree"] == {"root": "r", "words": ["a", "b", "c", "d"], "parents": [-1, 0, 0, -1], "accepted": [0, 2]}
+    assert found["series"] == {
+        "acceptance": [None, None, 0.25, None],
+        "tokens_per_step": [None, None, 1.667, None],
+        "draft_share": [None, None, 0.25, None],
+    }
+    words = ["w5", "w6", "w7", "w8"]
+    assert found["tree"] == {"root": "w4", "words": words, "parents": [-1, 0, 0, -1], "accepted": [0, 2]}
+    clock.now_s = 4.0 + HISTORY_S
+    found = plain(board)["speculation"]
+    assert (found["steps"], found["acceptance"], found["draft_s"], found["by_depth"]) == (0, None, None, [])
+    assert found["tree"]["words"] == words
+
+
+def test_drafts_that_are_told_of_in_sum_have_no_depths_and_no_tree() -> None:
+    board = Board(FACTS, Time())
+    board.step(Step.of(of_trees(verified=())))
+    found = plain(board)["speculation"]
+    assert found["tokens_per_step"] == pytest.approx(5 / 3)
+    assert found["by_depth"] == []
+    assert found["tree"] is None
+
+
+def test_a_tree_without_words_where_they_must_not_be_shown() -> None:
+    board = Board(replace(FACTS, word=None), Time())
+    board.step(Step.of(of_trees()))
+    tree = plain(board)["speculation"]["tree"]
+    assert tree == {"root": None, "words": None, "parents": [-1, 0, 0, -1], "accepted": [0, 2]}
 
 
 def test_a_record_is_told_in_fewer_words() -> None:
@@ -167,6 +225,9 @@ def test_a_record_is_told_in_fewer_words() -> None:
     assert (step.prompt_tokens, step.output_tokens, step.flops, step.bytes) == (552, 3, 2e9, 4e9)
     assert (step.running, step.waiting, step.free_blocks, step.preempted) == (4, 2, 10, 1)
     assert (Step.of(record).flops, Step.of(record).bytes) == (0.0, 0.0)
+    step = Step.of(of_trees())
+    assert (step.prompt_tokens, step.output_tokens, step.rows, step.depths) == (0, 5, 3, (0, 2))
+    assert Step.of(of_trees(spans=((5, 90), (5, 40), (1, 30), (64, 64)))).prompt_tokens == 64
 
 
 def test_a_busy_day_stays_small() -> None:

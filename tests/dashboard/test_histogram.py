@@ -10,10 +10,10 @@ import pytest
 from ridgeline.dashboard.histogram import EDGES_S, Histogram
 
 
-def test_edges_rise_ten_a_decade() -> None:
+def test_edges_rise_twenty_a_decade() -> None:
     assert all(low < high for low, high in pairwise(EDGES_S))
     assert (EDGES_S[0], EDGES_S[-1]) == (1e-5, 100.0)
-    assert EDGES_S.index(1.0) - EDGES_S.index(0.1) == 10
+    assert EDGES_S.index(1.0) - EDGES_S.index(0.1) == 20
 
 
 def test_nothing_observed_has_no_quantiles() -> None:

@@ -10,15 +10,17 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from standin import FACTS, Time, application, lively, serving
+from standin import FACTS, TREE, Time, application, lively, serving
 
+from ridgeline.core.step import Verified
 from ridgeline.core.tree import TokenTree
-from ridgeline.dashboard.board import Board, Now
+from ridgeline.dashboard.board import Board, Now, Step
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -27,6 +29,10 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
 ]
 
+DRAFTED = Step(
+    kind="tree", output_tokens=5, prompt_tokens=0, device_s=0.006, predicted_s=0.006, running=3, waiting=0,
+    free_blocks=7000, rows=3, drafted=8, accepted=2, draft_s=0.002, depths=(2, 0),
+)  # fmt: skip
 SIZES = {"desktop": (1440, 900), "tablet": (820, 1180), "phone": (390, 844)}
 CONTRAST = """() => {
   const parse = (text) => (text.match(/[\\d.]+/g) ?? []).map(Number);
@@ -63,6 +69,10 @@ NAMELESS = """() => [...document.querySelectorAll("input, textarea, button, [rol
 SMALL = """() => [...document.querySelectorAll("input, textarea, button")]
   .filter((one) => one.getClientRects().length && one.getBoundingClientRect().height < 44)
   .map((one) => one.id)"""
+BOXES = """(places) => places.map((place) => {
+  const box = document.querySelector(`#${place} svg`).getBoundingClientRect();
+  return [place, box.width, box.height];
+})"""
 CLIPPED = """() => [...document.querySelectorAll(".tile .value, .tile dt, button, h2")]
   .filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.textContent)"""
 
@@ -138,10 +148,9 @@ def tile(page: Any, name: str) -> str:
 def test_every_look(look: Callable[..., Any], busy: str, size: str, scheme: str) -> None:
     page = look(busy, size, scheme)
     page.locator("#ttft svg").wait_for()
-    for place in ("rate", "ttft", "tpot", "roofline", "prediction", "depths", "speculation"):
-        box = page.locator(f"#{place} svg").first.bounding_box()
-        assert box["width"] > 150, place
-        assert box["height"] > 80, place
+    pictures = ("rate", "ttft", "tpot", "roofline", "prediction", "accepted", "gained", "depths", "speculation")
+    small = [box for box in page.evaluate(BOXES, pictures) if box[1] < 150 or box[2] < 80]
+    assert not small
     assert page.locator("#rate svg").count() == 4
     assert page.locator("#state").inner_text() == "ready"
     assert tile(page, "In flight") == "35 4 waiting"
@@ -249,6 +258,37 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(look: Callable[..., Any], serve:
     page.locator("#state", has_text="ready").wait_for()
 
 
+def test_drafts_appear_when_there_are_some(look: Callable[..., Any], serve: Callable[[FastAPI], str]) -> None:
+    clock = Time()
+    board = Board(FACTS, clock)
+    lively(board, clock, 20, speculation=False)
+    page = look(serve(application(board)))
+    page.locator("#ttft svg").wait_for()
+    section = page.locator("#speculation-section")
+    assert section.is_hidden()
+    # Records that tell of drafts in sum only: figures and curves, and no tree.
+    for _ in range(3):
+        board.step(DRAFTED)
+        clock.now_s += 1
+    section.wait_for()
+    words = " ".join(section.inner_text().split())
+    assert "24 tokens drafted in 3 steps, 6 accepted; drafting takes 2 ms a step, 25 % of its time" in words
+    assert "Accepted of drafted 25 %" in words
+    assert "Tokens a request and step 1.67" in words
+    assert page.locator("#latest-draft").is_hidden()
+    board.step(replace(DRAFTED, verified=Verified(0, TREE, [0, 1])))
+    tree = page.get_by_role("img", name="A tree of 12 drafted tokens, 2 accepted: return ␣self")
+    tree.wait_for()
+    assert tree.locator("rect.taken").count() == 3  # and the token before them
+    assert tree.locator("path.taken").count() == 2
+    # Where several keys share a server nobody reads what others are given.
+    board.facts = replace(FACTS, word=None)
+    page.get_by_text("words are hidden").wait_for()
+    assert page.locator("#speculation text").count() == 0
+    assert page.locator("#speculation rect.taken").count() == 3
+    shot(page, "wordless")
+
+
 def test_everything_can_be_reached_with_the_keyboard(look: Callable[..., Any], busy: str) -> None:
     page = look(busy)
     page.locator("#ttft svg").wait_for()
@@ -283,9 +323,9 @@ def test_a_server_that_goes_away_and_comes_back(look: Callable[..., Any]) -> Non
 
 
 def test_words_of_a_model_are_text_and_never_markup(look: Callable[..., Any], serve: Callable[[FastAPI], str]) -> None:
-    board = Board(FACTS, Time())
     bad = "<img src=x onerror=alert(1)>"
-    board.speculated(TokenTree((1, 2), (-1, 0)), [0], (bad, "</text><script>"), bad)
+    board = Board(replace(FACTS, word=(bad, bad, "</text><script>").__getitem__), Time())
+    board.step(replace(DRAFTED, verified=Verified(0, TokenTree((1, 2), (-1, 0)), [0])))
     address = serve(application(board))
     page = look(address)
     page.locator("#speculation svg").wait_for()

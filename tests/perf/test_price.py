@@ -47,6 +47,11 @@ def spans_of(pairs: list[tuple[int, int]]) -> Spans:
     return Spans(tuple(new for new, _ in pairs), tuple(visible for _, visible in pairs))
 
 
+def taken(pairs: list[tuple[int, int]]) -> int:
+    """Rows that the op `take` takes out of others, when each request's last is sampled."""
+    return len(pairs) if any(new > 1 for new, _ in pairs) else 0
+
+
 def numbers(cost: Cost) -> tuple[float, ...]:
     return (cost.flops, cost.read_bytes, cost.write_bytes, cost.link_bytes, cost.launches)
 
@@ -80,7 +85,7 @@ def test_more_requests_cost_more(kind: str, pairs: list[tuple[int, int]], one: t
     assert more.flops > less.flops
     assert more.read_bytes > less.read_bytes
     assert more.write_bytes > less.write_bytes
-    assert more.launches == less.launches
+    assert more.launches == less.launches + (taken([*pairs, one]) > 0) - (taken(pairs) > 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,8 +109,10 @@ def test_batching_saves_weights_and_nothing_else(pairs: list[tuple[int, int]]) -
     together = one.step(spans_of(pairs), len(pairs))
     alone = [one.step(spans_of([pair]), 1) for pair in pairs]
     assert together.flops == pytest.approx(sum(cost.flops for cost in alone))
-    assert together.write_bytes == pytest.approx(sum(cost.write_bytes for cost in alone))
-    saved = sum(cost.read_bytes for cost in alone) - together.read_bytes
+    apart = taken(pairs) - sum(taken([pair]) for pair in pairs)  # single tokens stand among others only together
+    row_bytes = 2 * SIZES["hidden_size"] * 2
+    assert together.write_bytes == pytest.approx(sum(cost.write_bytes for cost in alone) + apart * row_bytes)
+    saved = sum(cost.read_bytes for cost in alone) + apart * (row_bytes + 8) - together.read_bytes
     embedding = SIZES["vocab_size"] * SIZES["hidden_size"] * 2
     assert saved == pytest.approx((len(pairs) - 1) * (one.model.store.nbytes - embedding))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -11,14 +12,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+COMPLETIONS = "/v1/completions"
 CANARY = {"model": "ridgeline", "prompt": "def add(a, b):", "max_tokens": 12, "temperature": 0}
-START_S = 60.0
+START_S = 240.0
+"""Far more than a start takes: other work on the machine may slow it down."""
 
 
 class Served:
@@ -42,7 +45,7 @@ class Served:
             self.kill()
             raise AssertionError("no port: " + "".join(self.log))
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -74,7 +77,7 @@ class Served:
             more["json"] = body
         return self.client.post(path, **more)
 
-    def raw(self, data: bytes, seconds: float = 10.0) -> bytes:
+    def raw(self, data: bytes, seconds: float = 60.0) -> bytes:
         """What the server answers to these bytes, until it closes or says nothing for long."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as link:
             with contextlib.suppress(OSError):
@@ -91,26 +94,57 @@ class Served:
 
     def canary(self) -> str:
         """Greedy text of a fixed prompt."""
-        answer = self.post("/v1/completions", CANARY)
+        answer = self.post(COMPLETIONS, CANARY)
         assert answer.status_code == 200, answer.text
         text: str = answer.json()["choices"][0]["text"]
         return text
 
-    def settled(self, seconds: float = 5.0) -> None:
-        """Nothing is left behind: no request, no block held, no place taken."""
+    def until(self, holds: Callable[[dict[str, Any]], bool], seconds: float = 60.0) -> dict[str, Any]:
+        """Wait for /server_info of which this holds."""
         limit = time.monotonic() + seconds
-        while True:
-            info = self.info()
-            engine = info["engine"]
-            if not engine["requests"] and not engine["referenced_blocks"] and not info["admitted"]:
-                return
+        while not holds(info := self.info()):
             assert time.monotonic() < limit, info
-            time.sleep(0.05)
+            time.sleep(0.02)
+        return info
+
+    def busy(self, requests: int = 1) -> dict[str, Any]:
+        """Wait until the engine has so many requests and has computed some of their tokens."""
+        begun = self.info().get("engine", {}).get("steps", 0)
+
+        def holds(info: dict[str, Any]) -> bool:
+            engine = info.get("engine", {"requests": 0, "steps": 0})
+            fresh = engine["steps"] < begun  # the engine was replaced meanwhile
+            return engine["requests"] >= requests and (engine["steps"] >= begun + 3 or (fresh and engine["steps"] >= 3))
+
+        return self.until(holds)
+
+    def settled(self, seconds: float = 30.0) -> None:
+        """Nothing is left behind: no request, no block held, no place taken. The limit is for machines that do more."""
+
+        def holds(info: dict[str, Any]) -> bool:
+            engine = info["engine"]
+            return not engine["requests"] and not engine["referenced_blocks"] and not info["admitted"]
+
+        self.until(holds, seconds)
 
     def fault(self, kind: str, value: int = 0) -> None:
         assert self.post(f"/debug/fault?kind={kind}&value={value}").status_code == 200
 
-    def stop(self, seconds: float = 20.0) -> int:
+    @functools.cached_property
+    def usual_canary(self) -> str:
+        """The canary's text when it was first asked for."""
+        return self.canary()
+
+    @contextlib.contextmanager
+    def slowed(self, milliseconds: int) -> Iterator[None]:
+        """Steps take longer by this."""
+        self.fault("slow", milliseconds)
+        try:
+            yield
+        finally:
+            self.fault("slow", 0)
+
+    def stop(self, seconds: float = 120.0) -> int:
         """SIGTERM; the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
@@ -131,6 +165,13 @@ def served(*options: str, ready: bool = True, **more: Any) -> Iterator[Served]:
         yield server
     finally:
         server.kill()
+
+
+def head(*lines: str) -> bytes:
+    """A POST of a completion up to its body."""
+    return "\r\n".join(
+        (f"POST {COMPLETIONS} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines, "", "")
+    ).encode()
 
 
 def events(text: str) -> list[dict[str, Any]]:

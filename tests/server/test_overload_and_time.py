@@ -1,11 +1,11 @@
-"""Short limits, so that each is reached at once: queue, deadlines, body, headers, readers that do not read."""
+"""Short limits, so that each is reached at once: queue, deadlines, body, headers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import socket
-import threading
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,34 +13,24 @@ from typing import Any
 
 import httpx
 import pytest
-from served import CANARY, Served, events, served
+from served import CANARY, COMPLETIONS, Served, events, head, served
 from test_inputs import is_refusal
 
-COMPLETIONS = "/v1/completions"
 LONG = {**CANARY, "max_tokens": 1800, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
     limits = ("max_queued=4", "max_body_bytes=100000", "max_body_chunks=200", "body_timeout_s=1",
-              "header_timeout_s=1", "stall_timeout_s=1", "queue_timeout_s=1.5", "max_stream_bytes=100000")  # fmt: skip
+              "header_timeout_s=1", "queue_timeout_s=2")  # fmt: skip
     options = [part for limit in limits for part in ("--set", limit)]
-    with served("--max-num-seqs", "4", "--request-timeout", "3", *options) as running:
+    with served("--max-num-seqs", "4", "--request-timeout", "4", *options) as running:
         yield running
 
 
 @pytest.fixture(autouse=True)
 def _sound(sound: Served) -> None:
     """Every test here leaves the server as it was."""
-
-
-@contextlib.contextmanager
-def slowed(server: Served, milliseconds: int) -> Iterator[None]:
-    server.fault("slow", milliseconds)
-    try:
-        yield
-    finally:
-        server.fault("slow", 0)
 
 
 def many(server: Served, count: int, body: dict[str, Any]) -> list[httpx.Response]:
@@ -60,12 +50,6 @@ def test_3_a_body_over_the_limit(server: Served) -> None:
     with contextlib.suppress(httpx.TransportError):  # it may still be sending when the door closes
         answer = server.client.post(COMPLETIONS, content=chunks(), headers={"content-type": "application/json"})
         is_refusal(answer, 413, code="content_too_large")
-
-
-def head(*lines: str) -> bytes:
-    return "\r\n".join(
-        (f"POST {COMPLETIONS} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines, "", "")
-    ).encode()
 
 
 def status_of(raw: bytes) -> int:
@@ -101,27 +85,19 @@ def test_7_large_and_many_headers(server: Served) -> None:
 
 def test_7_slow_headers_and_bodies(server: Served) -> None:
     began = time.monotonic()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as link:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
         link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost")
         assert link.recv(100) == b""
-    assert time.monotonic() - began < 3
-    raw = server.raw(head("Content-Length: 100") + b"{", seconds=5)
+    assert time.monotonic() - began < 8  # it would be 10 by default
+    raw = server.raw(head("Content-Length: 100") + b"{")
     assert status_of(raw) == 408
 
 
 def test_31_a_burst_is_refused_at_once(server: Served) -> None:
-    with slowed(server, 20):
-        took: list[float] = []
-
-        def one(_: int) -> httpx.Response:
-            began = time.monotonic()
-            answer = httpx.post(server.url + COMPLETIONS, json={**CANARY, "ignore_eos": True}, timeout=20)
-            if answer.status_code == 429:
-                took.append(time.monotonic() - began)
-            return answer
-
-        with ThreadPoolExecutor(40) as pool:
-            answers = list(pool.map(one, range(40)))
+    """Ten times the seats at once: whoever is let in gets the answer that it gets alone."""
+    lines = len(server.log)
+    with server.slowed(20):
+        answers = many(server, 40, {**CANARY, "ignore_eos": True})
     counts = {status: sum(one.status_code == status for one in answers) for status in (200, 429)}
     assert sum(counts.values()) == 40
     assert counts[200] >= 8
@@ -129,8 +105,9 @@ def test_31_a_burst_is_refused_at_once(server: Served) -> None:
         if answer.status_code == 429:
             is_refusal(answer, 429, code="server_overloaded")
             assert int(answer.headers["retry-after"]) >= 1
-    texts = {one.json()["choices"][0]["text"] for one in answers if one.status_code == 200}
-    assert len(texts) == 1
+    assert {one.json()["choices"][0]["text"] for one in answers if one.status_code == 200} == {server.canary()}
+    took = [found["seconds"] for line in server.log[lines:] if (found := json.loads(line)).get("status") == 429]
+    assert statistics.median(took) < 0.05
 
 
 def test_more_outputs_than_ever_fit(server: Served) -> None:
@@ -138,7 +115,7 @@ def test_more_outputs_than_ever_fit(server: Served) -> None:
 
 
 def test_32_a_deadline_in_the_queue_and_one_while_running(server: Served) -> None:
-    with slowed(server, 20):
+    with server.slowed(20):
         answers = many(server, 8, LONG)
     queued = [one for one in answers if one.status_code == 503]
     late = [one for one in answers if one.status_code == 504]
@@ -151,50 +128,14 @@ def test_32_a_deadline_in_the_queue_and_one_while_running(server: Served) -> Non
 
 
 def test_32_a_deadline_in_the_middle_of_a_stream(server: Served) -> None:
-    with slowed(server, 20):
+    with server.slowed(20):
         parts = events(server.post(COMPLETIONS, {**LONG, "stream": True}).text)
     assert parts[-1]["error"]["code"] == "request_timeout"
     assert parts[0]["choices"][0]["text"]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("after_s", [0.0, 0.3])
-def test_33_whoever_leaves_is_forgotten(server: Served, stream: bool, after_s: float) -> None:
-    body = json.dumps({**LONG, "stream": stream}).encode()
-    with slowed(server, 20):
-        links = []
-        for _ in range(8):  # four run, four wait
-            link = socket.create_connection(("127.0.0.1", server.port))
-            link.sendall(head(f"Content-Length: {len(body)}") + body)
-            links.append(link)
-        time.sleep(after_s)
-        for link in links:
-            link.close()
-        server.settled(1.5)
-
-
-def test_34_a_reader_that_does_not_read_is_cut_off(server: Served) -> None:
-    """Others go on meanwhile; nothing is kept for it beyond its limit."""
-    body = json.dumps({**LONG, "n": 4, "temperature": 1.0, "stream": True, "logprobs": 5}).encode()
-    began = time.monotonic()
-    link = socket.socket()
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    link.connect(("127.0.0.1", server.port))
-    try:
-        link.sendall(head(f"Content-Length: {len(body)}") + body)
-        time.sleep(0.3)
-        server.canary()
-        server.settled(8)
-        assert time.monotonic() - began < 2.7  # before its deadline
-        assert '"gone": true' in "".join(server.log[-4:])
-    finally:
-        link.close()
-
-
 def test_connections_that_say_nothing_are_let_go(server: Served) -> None:
-    links = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(50)]
-    closed = threading.Event()
+    links = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(50)]
     assert all(link.recv(1) == b"" for link in links)
-    closed.set()
     for link in links:
         link.close()

@@ -53,13 +53,13 @@ def test_one_call_where_several_are_not_wanted() -> None:
 
 
 def test_text_that_nearly_is_a_call_costs_its_length() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     reader = CallReader(["f"], False, 1 << 17)
     shown = 0
     for _ in range(10_000):
         shown += len(reader.push("<tool_call" * 10 + '<tool_call>{"a":' + "[" * 900)[0])
     shown += len(reader.finish()[0])
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3
     assert not reader.calls
     assert shown > 9_000_000
 

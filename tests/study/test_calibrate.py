@@ -15,14 +15,15 @@ from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 from ridgeline.perf.card import load_card
 from ridgeline.study import calibrate as study
-from ridgeline.study.calibrate import BusyMachine, _fitted, calibrate
+from ridgeline.study import step_bench
+from ridgeline.study.calibrate import BusyMachine, calibrate, fitted
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "TOKENS", (1, 8, 32))
     monkeypatch.setattr(study, "CONTEXTS", (16,))
-    monkeypatch.setattr(study, "REPEATS", 3)
+    monkeypatch.setattr(step_bench, "REPEATS", 3)
 
 
 def test_a_whole_card(tiny: Path) -> None:
@@ -71,7 +72,7 @@ def test_stray_steps_do_not_bend_the_fit() -> None:
     times = [2e-4 + 3e-5 * count + 1.1 * one for count, one in zip(counts, ops)]
     for place in range(0, 200, 11):
         times[place] *= 3
-    step, request, scale = _fitted([[1.0] * 200, counts, ops], times)
+    step, request, scale = fitted([[1.0] * 200, counts, ops], times)
     assert (step, request, scale) == pytest.approx((2e-4, 3e-5, 1.1), rel=1e-6)
 
 

@@ -177,7 +177,7 @@ def spread(value: float) -> Spread:
 
 def test_latency_has_a_knee() -> None:
     rates = (1.0, 2.0, 4.0, 3.0)
-    tried = tuple(Tried(rate, 1.0, spread(0.1 * rate), spread(0.01), None) for rate in rates)
+    tried = tuple(Tried(rate, 1.0, True, spread(0.1 * rate), spread(0.01), None) for rate in rates)
     found = Capacity(3.0, 0.99, tried, report([Served(4, 0.0, [1.0])]))
     figure = pictures.latency([("a machine", found)], {"ttft": 0.5, "tpot": 0.02}, "rates")
     ttft, tpot = panels_of(figure)

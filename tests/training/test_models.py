@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +24,6 @@ from training.train import Recipe, cross_entropy, divergence, schedule, train
 CPU = torch.device("cpu")
 TINY = Sizes(32, 16, 2, 1, 2, 48, vocab_size=300, max_position_embeddings=64)
 TEXTS = [f"def name_{number}(x):\n    return x + {number}\n" for number in range(40)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

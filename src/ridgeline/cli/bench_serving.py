@@ -56,14 +56,14 @@ def command(
     from ridgeline.cli.progress import bar
     from ridgeline.core.step import StepRecord
     from ridgeline.llm import LLM
-    from ridgeline.perf.card import load_card
+    from ridgeline.perf.machine_card import card_of, read_card
     from ridgeline.study import pictures
     from ridgeline.study.predicted import PredictedSteps
     from ridgeline.workload.drive import drive
     from ridgeline.workload.measure import objectives_named, report
 
     pictures.checked(plot)
-    measured = load_card(card) if card else None
+    given = read_card(card) if card else None
     objectives = objectives_named(slo) if slo else None
     settings = options.engine_settings(
         dtype=dtype,
@@ -79,6 +79,7 @@ def command(
         enable_chunked_prefill=enable_chunked_prefill,
     )
     results, runs, steps = [], [], []
+    measured = None
     for policy in policies or ["fcfs"]:
         with LLM(model, **settings, scheduling_policy=policy) as llm:
             config, vocabulary = llm.built.config, llm.built.spec.vocabulary
@@ -86,8 +87,8 @@ def command(
                 trace, num_prompts, prompt_len, output_len, length_scale, request_rate, burstiness, seed,
                 config.max_model_len,
             )  # fmt: skip
-            if measured is not None:
-                measured.check(llm.built.directory.name, config.dtype)
+            if given is not None:
+                measured = card_of(given, llm.built.price, llm.built.directory.name, config.dtype)
             records: list[StepRecord] = []
             llm.built.engine.listeners.append(records.append)
             with bar(f"serving ({policy})", shown=not as_json) as progress:

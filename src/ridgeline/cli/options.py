@@ -5,10 +5,14 @@ Knows option names (vLLM's). It must not know what a command prints.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ridgeline.core.errors import InvalidArgument
+from ridgeline.core.speculation import METHODS
 
 Model = Annotated[
     str | None,
@@ -34,6 +38,10 @@ Kernels = Annotated[str, typer.Option(help="Family of kernels: auto, reference, 
 AttentionBackend = Annotated[
     str, typer.Option(help="Kernel of attention: auto, standard, v1, v2, sm90, decode, triton, cpu, fused or blocked.")
 ]
+SpeculativeConfig = Annotated[
+    str | None,
+    typer.Option("--speculative-config", help='Draft token trees: JSON, {"method": "tree"}, or a method\'s name.'),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print every setting with its reason, and where the memory goes.")
 ]
@@ -45,3 +53,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 def engine_settings(**values: Any) -> dict[str, Any]:
     """Options as settings of LLM; None means "not given" and is left out."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def speculation(text: str | None) -> dict[str, Any] | None:
+    """`--speculative-config` as a mapping: JSON, or the name of a method alone. InvalidArgument for anything else."""
+    if text is None:
+        return None
+    if text in METHODS:
+        return {"method": text}
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InvalidArgument("speculative_config", f"must be {', '.join(METHODS)} or a JSON object, not {text!r}")
+    return values

@@ -19,6 +19,7 @@ from ridgeline.cli.figures import count, milliseconds, size
 if TYPE_CHECKING:
     from ridgeline.perf.card import Card
     from ridgeline.perf.hardware import Hardware as Machine
+    from ridgeline.perf.machine_card import MachineCard
     from ridgeline.study.plan import Plan, Planner
     from ridgeline.workload.arrivals import Job
 
@@ -55,8 +56,8 @@ def command(
     from dataclasses import replace
 
     from ridgeline.core.errors import InvalidArgument
-    from ridgeline.perf.card import load_card
     from ridgeline.perf.hardware import THIS
+    from ridgeline.perf.machine_card import card_of, read_card
     from ridgeline.study import pictures
     from ridgeline.study.plan import batches, datasheet, machines, planner
 
@@ -71,18 +72,19 @@ def command(
         raise InvalidArgument("plot", "--what-if has no picture")
     if card is not None and what_if:
         raise InvalidArgument("card", "--what-if changes the model, which a card has not measured")
-    measured = load_card(card) if card else None
-    if measured is not None and dtype == "auto":
-        dtype = measured.dtype
+    given = read_card(card) if card else None
+    if given is not None and dtype == "auto":
+        dtype = given.dtype
     asked = batches(batch)
     load = (trace, num_prompts, length_scale, prompt_len, output_len)
     if verify:
-        _verify(model, dtype, slo or "", load, measured, plot, as_json)
+        _verify(model, dtype, slo or "", load, given, plot, as_json)
         return
     found = [
         one if price_per_hour is None else replace(one, price_per_hour=price_per_hour) for one in machines(hardware)
     ]
     planned = planner(model, dtype)
+    measured = None if given is None else card_of(given, planned.price, planned.name, planned.dtype)
     if slo is not None:
         _capacities(planned, found, slo, load, measured, plot, as_json)
         return
@@ -116,6 +118,8 @@ def command(
         console.print(operators(plan))
 
 
+SEARCHED_REQUESTS = 300
+"""So many show whether a rate can go on."""
 Load = tuple[Path | None, int | None, float, int, int]
 """(trace, num_prompts, length_scale, prompt_len, output_len) as they were given."""
 
@@ -123,6 +127,8 @@ Load = tuple[Path | None, int | None, float, int, int]
 def _jobs(load: Load, most: int) -> tuple[list[Job], int]:
     """Requests without arrivals, and the longest of them."""
     trace, num_prompts, length_scale, prompt_len, output_len = load
+    if trace is None and num_prompts is None:
+        num_prompts = SEARCHED_REQUESTS
     jobs = workload.jobs_of(trace, num_prompts, prompt_len, output_len, length_scale, None, 1.0, 0, most)
     return jobs, min(max(job.prompt_tokens + job.output_tokens for job in jobs), most)
 
@@ -145,8 +151,6 @@ def _capacities(
 
     objectives = objectives_named(slo)
     jobs, longest = _jobs(load, planned.spec.max_positions)
-    if card is not None:
-        card.check(planned.name, planned.dtype)
     steps = Carded(card) if card else None
     results = []
     for machine in found:
@@ -180,13 +184,14 @@ def _verify(
     dtype: str,
     slo: str,
     load: Load,
-    card: Card | None,
+    given: Card | MachineCard | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
     """The rate that a simulation of this very engine finds, served by the engine."""
     from ridgeline.cli.progress import bar
     from ridgeline.llm import LLM
+    from ridgeline.perf.machine_card import card_of
     from ridgeline.study import pictures
     from ridgeline.study.plan import planner, this_machine
     from ridgeline.study.simulate import Carded, capacity, simulate
@@ -199,8 +204,7 @@ def _verify(
     with LLM(model, dtype=dtype, max_model_len=longest, enable_prefix_caching=False) as llm:
         built = llm.built
         planned, setting = planner(model, built.config.dtype), setting_of(built)
-        if card is not None:
-            card.check(planned.name, planned.dtype)
+        card = None if given is None else card_of(given, planned.price, planned.name, planned.dtype)
         steps = Carded(card) if card else None
         seconds, host_s = (steps.device_s, steps.host_s) if steps else (planned.seconds(this_machine()), None)
         with bar("searching", shown=not as_json, unit="run") as progress:

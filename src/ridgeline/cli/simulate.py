@@ -41,7 +41,7 @@ def command(
 ) -> None:
     """Serve a workload in virtual time, with the real scheduler and KV cache; steps at their floor, or by a card."""
     from ridgeline.cli.progress import bar
-    from ridgeline.perf.card import load_card
+    from ridgeline.perf.machine_card import card_of, read_card
     from ridgeline.study import pictures
     from ridgeline.study.plan import machines, planner
     from ridgeline.study.simulate import Carded, setting_for, simulate
@@ -49,11 +49,10 @@ def command(
 
     pictures.checked(plot)
     objectives = objectives_named(slo) if slo else None
-    measured = load_card(card) if card else None
+    given = read_card(card) if card else None
     machine = machines([hardware])[0]
-    planned = planner(model, measured.dtype if measured and dtype == "auto" else dtype)
-    if measured:
-        measured.check(planned.name, planned.dtype)
+    planned = planner(model, given.dtype if given and dtype == "auto" else dtype)
+    measured = card_of(given, planned.price, planned.name, planned.dtype) if given else None
     setting = setting_for(
         planned,
         machine,

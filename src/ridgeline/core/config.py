@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ridgeline.core.errors import InvalidArgument
+from ridgeline.core.speculation import Speculation
 
 DTYPES = {
     "auto": "auto",
@@ -57,7 +58,9 @@ class EngineConfig:
         max_num_seqs * max_model_len. What cannot give it (kernels or an attention_backend named beside it, float16 on
         a CPU) is refused.
     max_logprobs: most alternatives that a request may ask for.
-    speculative_config: None.
+    speculative_config: draft token trees and verify them (docs/trees.md): {"method": "tree" | "draft_model" | "ngram",
+        "model": a checkpoint or several, "num_speculative_tokens": "auto" or a number, "tree": [k1, ..., km]}.
+        Outputs are the same with and without.
     """
 
     model: str | None = None
@@ -139,8 +142,13 @@ class EngineConfig:
             raise InvalidArgument("enable_prefix_caching", "there is no prefix to share with kv_cache=False")
         if self.async_scheduling and not self.kv_cache:
             raise InvalidArgument("async_scheduling", "kv_cache=False computes each token from those before, once read")
-        if self.speculative_config is not None:
-            raise InvalidArgument("speculative_config", "speculation is not available in this version; leave it None")
+        if self.speculation is not None and not self.kv_cache:
+            raise InvalidArgument("speculative_config", "needs kv_cache=True: drafts stand behind what is cached")
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """`speculative_config`, checked. Raises InvalidArgument."""
+        return None if self.speculative_config is None else Speculation.of(self.speculative_config)
 
     @property
     def rungs(self) -> dict[str, tuple[str, ...]]:

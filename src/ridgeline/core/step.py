@@ -50,6 +50,8 @@ class Chunk(NamedTuple):
     tree: drafted tokens behind the last one, to be verified in this step, or None. Node i takes slot
         start + len(token_ids) + i; its position is that of the last token plus its depth.
     behind: with a tree, how the token behind each of its nodes is chosen.
+    draws: how the tree's children were drawn (run/verify.py), if what decides about them is not the noise of
+        (seed, position); None: it is.
     """
 
     request_id: str
@@ -61,6 +63,7 @@ class Chunk(NamedTuple):
     targets: Sequence[int] = ()
     tree: TokenTree | None = None
     behind: Sequence[Sampling] = ()
+    draws: object | None = None
 
     @property
     def new(self) -> int:
@@ -132,13 +135,22 @@ class StepResult:
     padding: int = 0
 
 
+class Verified(NamedTuple):
+    """A draft tree and what became of it. root: the token before it; accepted: its nodes that became tokens, top
+    down."""
+
+    root: int
+    tree: TokenTree
+    accepted: Sequence[int]
+
+
 @dataclass(slots=True)
 class StepRecord:
     """One step for the record: decided, predicted, measured (seconds).
 
     spans: (new, visible) a request. sampled: requests that got a next token. drafted, accepted: nodes of trees
-    that were verified and that became tokens; draft_s: what drafting them took. predicted_s: None while nothing
-    predicts. padding: rows computed for nobody.
+    that were verified and that became tokens; draft_s: what drafting them took; verified: these trees, one by one.
+    predicted_s: None while nothing predicts. padding: rows computed for nobody.
     host_s: scheduling, preparation and commit, i.e. the step less the executor's part; with overlap this and
     the device's part of the step before happen at the same time.
     """
@@ -159,6 +171,17 @@ class StepRecord:
     drafted: int = 0
     accepted: int = 0
     draft_s: float = 0.0
+    verified: tuple[Verified, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step brought."""
+        return self.sampled + self.accepted
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits that it computed."""
+        return self.sampled + self.drafted
 
 
 @dataclass(frozen=True, slots=True)

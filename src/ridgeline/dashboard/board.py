@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ridgeline.core.cost import Cost
-from ridgeline.core.step import StepRecord
-from ridgeline.core.tree import TokenTree
+from ridgeline.core.step import StepRecord, Verified
 from ridgeline.dashboard.histogram import Histogram
 from ridgeline.perf.roofline import COMPUTE, MEMORY, Roofline
 
@@ -27,8 +26,6 @@ STEPS = 160
 """Steps of each kind that stand in the two pictures of steps."""
 OPERATING_S = 10
 """Seconds of steps that make an operating point."""
-NO_PROMPT = ("decode", "tree")
-"""Kinds of steps whose new tokens are outputs and drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +33,7 @@ class Facts:
     """What stays as it is while an engine runs.
 
     roofline: the machine's roofs in the model's dtype, None if nobody knows; roofs: where they come from, such
-    as "measured on this machine" or the name of a card.
+    as "measured on this machine" or the name of a card. word(token): its text, where drafted trees may show it.
     """
 
     model: str
@@ -49,6 +46,7 @@ class Facts:
     max_model_len: int
     roofline: Roofline | None = None
     roofs: str = ""
+    word: Callable[[int], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,8 @@ class Step:
     """A step that has ended, as the page needs it; what a StepRecord says, in fewer words.
 
     output_tokens: that came out of it; prompt_tokens: that it computed. flops, bytes: its floor, as the performance
-    model counts it; 0 if nobody counts.
+    model counts it; 0 if nobody counts. rows: requests that got a next token. drafted, accepted, draft_s: as in the
+    record; depths: accepted nodes of each tree, if they are told one by one; verified: a tree to look at.
     """
 
     kind: str
@@ -82,14 +81,22 @@ class Step:
     preempted: int = 0
     flops: float = 0.0
     bytes: float = 0.0
+    rows: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_s: float = 0.0
+    depths: tuple[int, ...] = ()
+    verified: Verified | None = None
 
     @classmethod
     def of(cls, record: StepRecord, cost: Cost | None = None) -> Step:
         """A record, and the cost that its spans were priced at."""
-        prompt = 0 if record.kind in NO_PROMPT else sum(new for new, _ in record.spans if new > 1)
+        prompt = sum(new for new, _ in record.spans if new > 1)
+        if record.drafted:  # a request's last token and its nodes are one chunk
+            prompt = max(sum(new for new, _ in record.spans) - record.drafted - record.sampled, 0)
         return cls(
             kind=record.kind,
-            output_tokens=record.sampled + record.accepted,
+            output_tokens=record.tokens,
             prompt_tokens=prompt,
             device_s=record.device_s,
             predicted_s=record.predicted_s,
@@ -99,6 +106,12 @@ class Step:
             preempted=record.preempted,
             flops=0.0 if cost is None else cost.flops,
             bytes=0.0 if cost is None else cost.bytes,
+            rows=record.sampled,
+            drafted=record.drafted,
+            accepted=record.accepted,
+            draft_s=record.draft_s,
+            depths=tuple(len(one.accepted) for one in record.verified),
+            verified=record.verified[-1] if record.verified else None,
         )
 
 
@@ -121,8 +134,48 @@ class _Work:
 
 
 @dataclass(slots=True)
+class _Drafts:
+    """Steps together that verified drafts. step_s: what they took, drafting included."""
+
+    steps: int = 0
+    rows: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_s: float = 0.0
+    step_s: float = 0.0
+    trees: int = 0
+    reached: Counter[int] = field(default_factory=Counter)  # depth -> trees accepted at least so deep
+
+    @classmethod
+    def of(cls, step: Step) -> _Drafts:
+        reached = Counter(depth for end in step.depths for depth in range(1, end + 1))
+        step_s = step.device_s + step.draft_s
+        return cls(1, step.rows, step.drafted, step.accepted, step.draft_s, step_s, len(step.depths), reached)
+
+    def add(self, other: _Drafts) -> None:
+        self.steps += other.steps
+        self.rows += other.rows
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.draft_s += other.draft_s
+        self.step_s += other.step_s
+        self.trees += other.trees
+        self.reached += other.reached
+
+    def shares(self) -> dict[str, float | None]:
+        """acceptance: of the drafted tokens; tokens_per_step: of a request, its own token included; draft_share: of
+        the steps' time."""
+        return {
+            "acceptance": self.accepted / self.drafted if self.drafted else None,
+            "tokens_per_step": 1 + self.accepted / self.rows if self.rows else None,
+            "draft_share": self.draft_s / self.step_s if self.step_s > 0 else None,
+        }
+
+
+@dataclass(slots=True)
 class _Second:
-    """Sums over one second; running, waiting and used blocks as its last step left them."""
+    """Sums over one second; running, waiting and used blocks as its last step left them. asked: prompt tokens of
+    requests that ended; hits: those of them that were in the prefix cache."""
 
     number: int
     steps: int = 0
@@ -132,18 +185,10 @@ class _Second:
     running: int = 0
     waiting: int = 0
     used_blocks: int = 0
+    asked: int = 0
+    hits: int = 0
     work: dict[str, _Work] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Speculation:
-    """Drafts, what became of them, and the latest of them."""
-
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    reached: Counter[int] = field(default_factory=Counter)  # depth -> drafts accepted at least so deep
-    tree: dict[str, Any] | None = None
+    drafts: _Drafts = field(default_factory=_Drafts)
 
 
 class Board:
@@ -164,7 +209,8 @@ class Board:
         self._ended: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._last: Step | None = None
-        self._speculation: _Speculation | None = None
+        self._speculates = False
+        self._verified: Verified | None = None
 
     # What comes by
 
@@ -179,6 +225,10 @@ class Board:
         second.used_blocks = self.facts.num_blocks - step.free_blocks
         self._tokens.update(output=step.output_tokens, prompt=step.prompt_tokens, preempted=step.preempted)
         self._last = step
+        if step.drafted:
+            self._speculates = True
+            second.drafts.add(_Drafts.of(step))
+            self._verified = step.verified or self._verified
         if step.device_s <= 0:
             return
         if step.predicted_s is not None:
@@ -205,34 +255,17 @@ class Board:
         self._ended[reason] += 1
         if prompt_tokens:
             self._prefixes.append((now, prompt_tokens, cached_tokens))
+            second = self._second(now)
+            second.asked += prompt_tokens
+            second.hits += cached_tokens
         if tpot_s is not None:
             self._tpot.add(now, tpot_s)
 
-    def speculated(
-        self, tree: TokenTree, accepted: Sequence[int], words: Sequence[str] = (), root: str = "", show: bool = True
-    ) -> None:
-        """A draft was verified. accepted: its nodes that were, top down.
-
-        words: the text of each node, root: that of the token before them; show: whether the page draws this one
-        (it keeps the latest).
-        """
-        found = self._speculation = self._speculation or _Speculation()
-        found.drafts += 1
-        found.draft_tokens += len(tree)
-        found.accepted_tokens += len(accepted)
-        found.reached.update(range(1, len(accepted) + 1))
-        if show:
-            found.tree = {
-                "root": root,
-                "words": list(words) or [str(token) for token in tree.tokens],
-                "parents": list(tree.parents),
-                "accepted": list(accepted),
-            }
-
     def _second(self, now: float) -> _Second:
         number = int(now - self._start_s)
-        if not self._seconds or self._seconds[-1].number != number:
-            self._seconds.append(_Second(number))
+        last = self._seconds[-1] if self._seconds else _Second(-1)
+        if last.number != number:
+            self._seconds.append(_held(last, number))
         return self._seconds[-1]
 
     @staticmethod
@@ -263,7 +296,7 @@ class Board:
             "tpot": self._tpot.as_dict(at),
             "roofline": self._roofline(at),
             "prediction": self._prediction(),
-            "speculation": self._drafts(),
+            "speculation": self._speculation(at) if self._speculates else None,
         }
 
     def _engine(self) -> dict[str, Any]:
@@ -300,19 +333,21 @@ class Board:
         }
 
     def _series(self, at: float) -> dict[str, Any]:
-        """One value a whole second, the oldest first; requests and blocks keep their value through idle seconds."""
+        """One value a whole second, the oldest first; requests and blocks keep their value through idle seconds,
+        prefix hits have none where no request ended."""
         end = int(at - self._start_s)
         begin = max(end - HISTORY_S, 0)
         known = {one.number: one for one in self._seconds}
         held = next((one for one in reversed(self._seconds) if one.number < begin), _Second(begin))
         names = ("output_tokens", "prompt_tokens", "running", "waiting")
-        result: dict[str, list[float]] = {name: [] for name in (*names, "kv_usage")}
+        result: dict[str, list[float | None]] = {name: [] for name in (*names, "kv_usage", "prefix_hits")}
         for number in range(begin, end):
             found = known.get(number)
-            held = found or _Second(number, running=held.running, waiting=held.waiting, used_blocks=held.used_blocks)
+            held = found or _held(held, number)
             for name in names:
                 result[name].append(getattr(held, name))
             result["kv_usage"].append(round(held.used_blocks / max(self.facts.num_blocks, 1), 4))
+            result["prefix_hits"].append(round(held.hits / held.asked, 4) if held.asked else None)
         return {"step_s": 1, "history_s": HISTORY_S, **result}
 
     def _roofline(self, at: float) -> dict[str, Any] | None:
@@ -350,19 +385,46 @@ class Board:
             "median_bias": ratios[len(ratios) // 2],
         }
 
-    def _drafts(self) -> dict[str, Any] | None:
-        found = self._speculation
-        if found is None:
-            return None
+    def _speculation(self, at: float) -> dict[str, Any]:
+        """Drafts of the last minutes, together and second by second (None where there were none), and the latest."""
+        end = int(at - self._start_s)
+        begin = max(end - HISTORY_S, 0)
+        every = _Drafts()
+        for second in self._seconds:
+            if second.number >= begin:
+                every.add(second.drafts)
+        known = {one.number: one.drafts.shares() for one in self._seconds}
+        nothing = _Drafts().shares()
+        series: dict[str, list[float | None]] = {name: [] for name in nothing}
+        for number in range(begin, end):
+            for name, value in known.get(number, nothing).items():
+                series[name].append(None if value is None else round(value, 3))
         return {
-            "drafts": found.drafts,
-            "draft_tokens": found.draft_tokens,
-            "accepted_tokens": found.accepted_tokens,
-            "acceptance": found.accepted_tokens / max(found.draft_tokens, 1),
-            "tokens_per_step": 1 + found.accepted_tokens / found.drafts,
-            "by_depth": [found.reached[depth] / found.drafts for depth in sorted(found.reached)],
-            "tree": found.tree,
+            "steps": every.steps,
+            "drafted": every.drafted,
+            "accepted": every.accepted,
+            "draft_s": every.draft_s / every.steps if every.steps else None,
+            **every.shares(),
+            "by_depth": [round(every.reached[depth] / every.trees, 4) for depth in sorted(every.reached)],
+            "series": series,
+            "tree": None if self._verified is None else self._tree(self._verified),
         }
+
+    def _tree(self, verified: Verified) -> dict[str, Any]:
+        """words: of its nodes, root: of the token before them; None where they must not be shown."""
+        root, tree, accepted = verified
+        word = self.facts.word
+        return {
+            "root": None if word is None else word(root),
+            "words": None if word is None else [word(token) for token in tree.tokens],
+            "parents": list(tree.parents),
+            "accepted": list(accepted),
+        }
+
+
+def _held(second: _Second, number: int) -> _Second:
+    """A second in which nothing happened, after one in which something did."""
+    return _Second(number, running=second.running, waiting=second.waiting, used_blocks=second.used_blocks)
 
 
 def _point(work: _Work, roofline: Roofline) -> dict[str, Any]:

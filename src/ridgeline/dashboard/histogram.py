@@ -9,9 +9,11 @@ from bisect import bisect_left
 from collections import deque
 from typing import Any
 
-RENARD = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)
+RENARD = (
+    1.0, 1.12, 1.25, 1.4, 1.6, 1.8, 2.0, 2.24, 2.5, 2.8, 3.15, 3.55, 4.0, 4.5, 5.0, 5.6, 6.3, 7.1, 8.0, 9.0,
+)  # fmt: skip
 EDGES_S = (*(round(step * 10.0**power, 8) for power in range(-5, 2) for step in RENARD), 100.0)
-"""Upper edges of the bars: ten a decade (ISO 3's R10), 10 µs to 100 s."""
+"""Upper edges of the bars: twenty a decade (ISO 3's R20), 10 µs to 100 s."""
 SHARES = {"p50_s": 0.5, "p90_s": 0.9, "p99_s": 0.99}
 
 

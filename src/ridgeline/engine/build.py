@@ -7,7 +7,9 @@ the one step that measures activations on a GPU.
 from __future__ import annotations
 
 import gc
+import json
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -18,8 +20,10 @@ import torch
 from ridgeline.core.clock import WallClock
 from ridgeline.core.config import EngineConfig, MemoryLedger, Resolved
 from ridgeline.core.errors import CheckpointError, DoesNotFit, InvalidArgument, KernelRefused, UnsupportedModel
-from ridgeline.core.request import SamplingParams
+from ridgeline.core.request import Request, SamplingParams
+from ridgeline.core.speculation import Speculation
 from ridgeline.core.step import Chunk, Sampling, Spans, StepPlan
+from ridgeline.core.tree import MOST_NODES, TokenTree
 from ridgeline.engine.engine import Engine
 from ridgeline.engine.memory import (
     CPU_POOL_LIMIT_BYTES,
@@ -33,20 +37,25 @@ from ridgeline.engine.memory import (
     size,
 )
 from ridgeline.engine.torch_executor import TorchExecutor
-from ridgeline.kernels.select import Table, select
+from ridgeline.kernels.select import CLASSES_OF_WORK, Table, select
 from ridgeline.kv.cache import KVCache
 from ridgeline.kv.layout import KVLayout
 from ridgeline.kv.pages import Pages
 from ridgeline.models import Decoder, ModelSpec, build_model, parse_config
-from ridgeline.models.checkpoint import locate
+from ridgeline.models.checkpoint import embedded_model, locate
 from ridgeline.models.spec import read_config
 from ridgeline.models.weights import Store, load_checkpoint
 from ridgeline.ops import Ops
+from ridgeline.ops.attention_call import WORD_BITS
 from ridgeline.perf.price import Price
-from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
+from ridgeline.run.graphs import DecodeGraphs, PassGraphs, pass_sizes_up_to, sizes_up_to
+from ridgeline.run.places import PassSize
 from ridgeline.run.runner import SCORED_ROWS, Runner
 from ridgeline.schedule import Scheduler, make_policy
 from ridgeline.schedule.policies import POLICIES
+from ridgeline.speculate.draft_model import DraftModel, Growth
+from ridgeline.speculate.seconds import Seconds
+from ridgeline.speculate.speculator import WIDTH, Speculator
 
 DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 WAITING_KERNELS = ("reference", "standard", "blocked", "fused")
@@ -70,7 +79,17 @@ class Built:
     table: Table
     price: Price
     runner: Runner
+    speculator: Speculator | None = None
     tokenizer_directory: Path | None = None
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Steps without speculation, to compare with. No request may be under way at either end."""
+        kept, self.engine.speculator = self.engine.speculator, None
+        try:
+            yield
+        finally:
+            self.engine.speculator = kept
 
     def lines(self) -> list[str]:
         """What was decided and why, and the memory ledger: for a log."""
@@ -90,6 +109,7 @@ class Built:
         """Give back all memory, if nobody holds on to a part."""
         on_gpu = self.config.device.startswith("cuda")
         self.engine.close()
+        self.engine.speculator = self.speculator = None
         del self.runner
         if on_gpu:
             torch.cuda.empty_cache()
@@ -111,24 +131,55 @@ def build(
     spec = parse_config(read_config(directory), str(directory))
     resolved = _resolve(config, spec)
     device, dtype = torch.device(resolved.device), getattr(torch, resolved.dtype)
-    price, table = _price_and_table(config, spec, resolved)
+    speculation = config.speculation
+    works = CLASSES_OF_WORK if speculation is None else (*CLASSES_OF_WORK, "tree")
+    price, table = _price_and_table(config, spec, resolved, works)
+    plans = [] if speculation is None else _draft_plans(config, speculation, resolved, directory, spec, works)
     resolved = _captured_or_eager(resolved, table)
     model = _load(config, spec, resolved, directory, _packs(config, resolved), progress)
     layout = KVLayout(spec.layers, spec.kv_heads, spec.head_dim, dtype.itemsize, resolved.block_size)
-    ledger = _ledger(config, resolved, model, layout, price, table)
-    blocks = layout.blocks_within(ledger.kv_bytes)
+    drafters = [_load(config, plan.spec, resolved, plan.directory, _packs(config, resolved), None) for plan in plans]
+    draft_layouts = [
+        KVLayout(one.layers, one.kv_heads, one.head_dim, dtype.itemsize, resolved.block_size)
+        for one in (plan.spec for plan in plans)
+    ]
+    ledger = _ledger(config, resolved, model, layout, price, table, drafters, draft_layouts, plans)
+    blocks = ledger.kv_tokens // resolved.block_size
     reasons = {**resolved.reasons, "num_blocks": f"what {size(ledger.kv_bytes)} hold"}
     resolved = replace(resolved, num_blocks=blocks, reasons=reasons)
     pages = Pages(layout, blocks, device, dtype)
     if device.type == "cpu":
         _spare_page_faults(pages)
     runner = Runner(model, pages, table, device, resolved.block_size)
+    speculator = None
+    models: list[DraftModel] = []
     with _watched(table, compiling):
         _warm_up(runner)
+        if speculation is not None:
+            models = [
+                DraftModel(
+                    drafter,
+                    Pages(draft_layout, blocks, device, dtype),
+                    plan.table,
+                    device,
+                    resolved.block_size,
+                    resolved.max_num_batched_tokens,
+                )
+                for plan, drafter, draft_layout in zip(plans, drafters, draft_layouts)
+            ]
     if not resolved.enforce_eager:
         graphs = _decode_graphs(resolved, model, pages, table)
         graphs.capture(capturing)
         runner.graphs = graphs
+        if speculation is not None:
+            runner.passes = _pass_graphs(resolved, model, pages, table)
+            runner.passes.capture(capturing)
+            for one in models:
+                one.graphs = _pass_graphs(resolved, one.model, one.pages, one.table, children=WIDTH)
+                one.graphs.capture(capturing)
+    if speculation is not None:
+        with _watched(table, compiling):
+            speculator = _speculator(speculation, models, runner, resolved)
     cache = KVCache(
         block_size=resolved.block_size, num_blocks=blocks, enable_prefix_caching=resolved.enable_prefix_caching
     )
@@ -141,8 +192,150 @@ def build(
         enable_chunked_prefill=resolved.enable_chunked_prefill,
         kv_cache=resolved.kv_cache,
     )
-    engine = Engine(scheduler, TorchExecutor(runner), WallClock(), overlap=resolved.async_scheduling)
-    return Built(engine, resolved, ledger, spec, directory, table, price, runner)
+    executor = TorchExecutor(runner)
+    engine = Engine(scheduler, executor, WallClock(), overlap=resolved.async_scheduling, speculator=speculator)
+    return Built(engine, resolved, ledger, spec, directory, table, price, runner, speculator)
+
+
+@dataclass
+class _DraftPlan:
+    """A draft model that has been read about, not loaded."""
+
+    directory: Path
+    spec: ModelSpec
+    table: Table
+
+
+def _draft_plans(
+    config: EngineConfig,
+    speculation: Speculation,
+    resolved: Resolved,
+    directory: Path,
+    target: ModelSpec,
+    works: Sequence[str],
+) -> list[_DraftPlan]:
+    """Draft models that suit the target. Raises InvalidArgument for one that does not, before anything is loaded."""
+    window = min((one for one in target.windows if one is not None), default=None)
+    most = -(-speculation.most_nodes // WORD_BITS) * WORD_BITS
+    if window is not None and window < most:
+        raise InvalidArgument(
+            "speculative_config",
+            f"trees of up to {speculation.most_nodes} nodes need an attention window of {most} tokens, {directory} "
+            f"has {window}: set num_speculative_tokens to at most {window // WORD_BITS * WORD_BITS}",
+        )
+    names: Sequence[str | Path] = speculation.checkpoints
+    if speculation.method == "ngram":
+        return []
+    if not names:
+        if directory != embedded_model():
+            raise InvalidArgument(
+                "speculative_config", f"model: name a draft model for {directory}; only the embedded one brings its own"
+            )
+        names = [embedded_model("ssm")]
+    plans = []
+    for name in names:
+        place = locate(str(name))
+        spec = parse_config(read_config(place), str(place))
+        words = _same_words(directory, place)
+        padded = words is True and spec.vocabulary < target.vocabulary
+        if words is False or (spec.vocabulary != target.vocabulary and not padded):
+            raise InvalidArgument(
+                "speculative_config",
+                f"model: {place} has another vocabulary ({spec.vocabulary} tokens) than {directory} "
+                f"({target.vocabulary}); a draft model must share the target's tokenizer",
+            )
+        if spec.max_positions < resolved.max_model_len:
+            raise InvalidArgument(
+                "speculative_config",
+                f"model: {place} knows {spec.max_positions} positions, fewer than max_model_len "
+                f"{resolved.max_model_len}; lower max_model_len or take another",
+            )
+        short = min((one for one in spec.windows if one is not None), default=most)
+        if short < most:
+            raise InvalidArgument(
+                "speculative_config", f"model: {place} has an attention window of {short}, its trees need {most} tokens"
+            )
+        table = _price_and_table(config, spec, resolved, works, drafts=True)[1]
+        plans.append(_DraftPlan(place, spec, table))
+    return plans
+
+
+def _same_words(one: Path, other: Path) -> bool | None:
+    """Whether two checkpoints' tokenizers give the same ids; None if their files do not tell."""
+    words = []
+    for directory in (one, other):
+        file = (directory if directory.is_dir() else directory.parent) / "tokenizer.json"
+        if not file.is_file():
+            return None
+        words.append(json.loads(file.read_text(encoding="utf-8")).get("model", {}).get("vocab"))
+    return bool(words[0] == words[1])
+
+
+def _speculator(
+    speculation: Speculation, models: Sequence[DraftModel], runner: Runner, resolved: Resolved
+) -> Speculator:
+    """Warm the draft models and tree steps up, and time a few of both on blocks that nobody owns yet."""
+    size = resolved.block_size
+    room = min(resolved.max_model_len, resolved.num_blocks * size)
+    blocks = list(range(min(resolved.num_blocks, -(-room // size))))
+    start = min(32, room // 2)
+    params = SamplingParams(temperature=0.0)
+
+    def sampling(position: int) -> Sampling:
+        return Sampling(params, 0, position, [0], 1)
+
+    def step(requests: int, nodes: int) -> None:
+        tree = TokenTree.chain(range(1, nodes + 1)) if nodes else None
+        behind = [sampling(start + 2 + node) for node in range(nodes)]
+        chunks = [
+            Chunk(f"price/{i}", [0], start, blocks, sampling(start + 1), tree=tree, behind=behind)
+            for i in range(requests)
+        ]
+        with suppress(CheckpointError):
+            runner.run(StepPlan(0, tuple(chunks)))
+
+    def draft(requests: int) -> None:
+        for model in models:
+            growths = [
+                Growth(Request(f"price/{i}", [0] * (start + 1), 1, params, 1), blocks, 1) for i in range(requests)
+            ]
+            for growth in growths:
+                model.caught_up(growth.request, blocks)
+            model.propose(growths, 1 if speculation.method == "draft_model" else WIDTH)
+            for growth in growths:
+                model.forget(growth.request.request_id)
+
+    most = min(MOST_NODES, room - start - 1, resolved.max_num_batched_tokens - 1, TREE_ROWS - 1)
+    points = [nodes for nodes in PRICED_NODES if nodes <= most] or [1]
+    counts = [count for count in PRICED_REQUESTS if count <= resolved.max_num_seqs]
+    seconds = {1 + nodes: _best_s(runner.device, lambda nodes=nodes: step(1, nodes)) for nodes in points}  # type: ignore[misc]
+    plain = {count: _best_s(runner.device, lambda count=count: step(count, 0)) for count in counts}  # type: ignore[misc]
+    drafts = {1: 0.0}
+    if models:
+        drafts = {count: _best_s(runner.device, lambda count=count: draft(count)) for count in counts}  # type: ignore[misc]
+    rows = max(TREE_ROWS, resolved.max_num_seqs)
+    return Speculator(speculation, models, Seconds(seconds), Seconds(plain), Seconds(drafts), rows)
+
+
+PRICED_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 255)
+PRICED_REQUESTS = (1, 4, 16, 64, 256)
+TREE_ROWS = 512
+"""Rows of logits in a step with trees: known tokens and nodes of all requests."""
+
+
+def _best_s(device: torch.device, work: Callable[[], None], repeats: int = 4) -> float:
+    """The shortest of a few runs, the first not counted."""
+    best = float("inf")
+    for number in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number:
+            best = min(best, time.perf_counter() - begin)
+    return best
 
 
 def _captured_or_eager(resolved: Resolved, table: Table) -> Resolved:
@@ -169,6 +362,31 @@ def _decode_graphs(
         resolved.block_size,
         sizes or sizes_up_to(most),
         -(-resolved.max_model_len // resolved.block_size),
+    )
+
+
+def _pass_sizes(resolved: Resolved) -> tuple[PassSize, ...]:
+    return pass_sizes_up_to(resolved.max_num_seqs, min(TREE_ROWS, resolved.max_num_batched_tokens))
+
+
+def _pass_graphs(
+    resolved: Resolved,
+    model: Decoder,
+    pages: Pages,
+    table: Table,
+    children: int | None = None,
+    sizes: Sequence[PassSize] | None = None,
+) -> PassGraphs:
+    """Of a target, or of a draft model that proposes so many children. Not captured yet."""
+    return PassGraphs(
+        model,
+        pages,
+        table.ops("tree"),
+        torch.device(resolved.device),
+        resolved.block_size,
+        sizes or _pass_sizes(resolved),
+        -(-resolved.max_model_len // resolved.block_size),
+        children,
     )
 
 
@@ -223,8 +441,15 @@ def _packs(config: EngineConfig, resolved: Resolved) -> bool:
     return resolved.device == "cpu" and config.kernels in ("auto", "cpu") and resolved.dtype != "float16"
 
 
-def _price_and_table(config: EngineConfig, spec: ModelSpec, resolved: Resolved) -> tuple[Price, Table]:
-    """From the forward pass on meta tensors: what steps cost, and which kernels serve them."""
+def _price_and_table(
+    config: EngineConfig,
+    spec: ModelSpec,
+    resolved: Resolved,
+    works: Sequence[str] = CLASSES_OF_WORK,
+    drafts: bool = False,
+) -> tuple[Price, Table]:
+    """From the forward pass on meta tensors: what steps cost, and which kernels serve them. drafts: those of a
+    draft model."""
     dtype = getattr(torch, resolved.dtype)
     shadow = build_model(spec, torch.device("meta"), dtype, resolved.max_model_len)
     if _packs(config, resolved):
@@ -233,9 +458,10 @@ def _price_and_table(config: EngineConfig, spec: ModelSpec, resolved: Resolved) 
     try:
         table = select(
             torch.device(resolved.device),
-            lambda work, ops: _trace(price, work, resolved, ops),
+            lambda work, ops: _trace(price, work, resolved, ops, drafts),
             config.kernels,
             config.rungs,
+            works,
             invariant=config.batch_invariant,
         )
     except KernelRefused as refusal:
@@ -284,6 +510,8 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
     if overlap is None:
         overlap = kind == "cuda" and config.kv_cache
         reasons["async_scheduling"] = "the host works while the device does" if overlap else f"off on {device}"
+        if overlap and config.speculation is not None:
+            reasons["async_scheduling"] = "while nothing is drafted: a draft follows the token before it, once read"
     caching = config.enable_prefix_caching
     if caching is None:
         caching = config.kv_cache
@@ -362,13 +590,14 @@ def _load(
     return model
 
 
-def _trace(price: Price, work: str, resolved: Resolved, ops: Ops) -> None:
+def _trace(price: Price, work: str, resolved: Resolved, ops: Ops, drafts: bool = False) -> None:
     """One step of a class of work on meta tensors, with all that a step may do, for the choice of kernels."""
     length = min(8, resolved.max_model_len)
-    new = {"decode": (1, 1), "prefill": (length, length), "mixed": (1, length)}[work]
+    new = {"decode": (1, 1), "prefill": (length, length), "mixed": (1, length), "tree": (1, length)}[work]
     visible = (length, length)
+    trees = ((), tuple(range(1, length))) if work == "tree" else ()
     for greedy in (True, False):
-        price.trace(Spans(new, visible), len(new), greedy, ops, work)
+        price.trace(Spans(new, visible, trees), len(new), greedy, ops, work)
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -381,23 +610,53 @@ def _trace(price: Price, work: str, resolved: Resolved, ops: Ops) -> None:
     ops.restrict(logits, empty(rows, -(-price.model.spec.vocabulary // 32), dtype=torch.int32))
     ops.score(logits, longs, 1)
     ops.kv_move(price.pages, empty(1), empty(1))
+    if work == "tree":
+        ops.kv_compact(price.pages, empty(1), empty(1))
+        if not resolved.enforce_eager:  # what captured steps do by themselves
+            narrow = (
+                empty(rows, 1, dtype=torch.int32),
+                empty(rows + 1, dtype=torch.int32),
+                empty(rows, dtype=torch.int32),
+            )
+            ops.kv_compact(price.pages, *ops.accept(longs, longs, longs, longs, longs, *narrow, length))
+    if drafts:
+        ops.propose(logits, floats, longs, longs, False, 1)
 
 
 def _ledger(
-    config: EngineConfig, resolved: Resolved, model: Decoder, layout: KVLayout, price: Price, table: Table
+    config: EngineConfig,
+    resolved: Resolved,
+    model: Decoder,
+    layout: KVLayout,
+    price: Price,
+    table: Table,
+    drafters: Sequence[Decoder] = (),
+    draft_layouts: Sequence[KVLayout] = (),
+    plans: Sequence[_DraftPlan] = (),
 ) -> MemoryLedger:
-    """Sizes of everything, before any of it is needed. DoesNotFit if one request of full length cannot run."""
+    """Sizes of everything, before any of it is needed. DoesNotFit if one request of full length cannot run.
+
+    A block of the pool is one of the target's and one of each draft model's.
+    """
     device = torch.device(resolved.device)
-    activations, graphs = _activation_bytes(resolved, model.spec, price, table), 0
+    rows = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+    if config.speculation is not None:
+        rows = min(max(rows, TREE_ROWS), resolved.max_num_batched_tokens)
+    activations, graphs = _activation_bytes(resolved, model.spec, price, table, rows), 0
     if device.type == "cuda":
         activations = max(activations, _measured_activations(resolved, model, layout, table, device))
         graphs = 0 if resolved.enforce_eager else _measured_graphs(resolved, model, layout, table, device)
+        if config.speculation is not None and not resolved.enforce_eager:
+            graphs += _measured_passes(resolved, model, layout, table, device)
+            for one, own, plan in zip(drafters, draft_layouts, plans):
+                graphs += _measured_passes(resolved, one, own, plan.table, device, WIDTH)
         gc.collect()
     total, available = device_memory_bytes(device)
-    weights = model.store.nbytes
+    weights = model.store.nbytes + sum(one.store.nbytes for one in drafters)
+    block_bytes = layout.bytes_per_block + sum(one.bytes_per_block for one in draft_layouts)
     rest = max(total - available - weights, 0) + (LIBRARY_BYTES if device.type == "cuda" else 0)
     usable = int(total * config.gpu_memory_utilization) if device.type == "cuda" else total
-    one = layout.blocks_for(resolved.max_model_len) * layout.bytes_per_block
+    one = layout.blocks_for(resolved.max_model_len) * block_bytes
     most = usable - rest - weights - activations - graphs
     room = most
     if config.kv_cache_memory_bytes is not None:
@@ -415,27 +674,26 @@ def _ledger(
             f"({size(rest)}) {resolved.device} has room for {size(max(most, 0))}; lower max_model_len "
             "or max_num_batched_tokens, or change kv_cache_memory_bytes or gpu_memory_utilization"
         )
-    blocks = layout.blocks_within(room)
+    blocks = room // block_bytes
     return MemoryLedger(
         total_bytes=total,
         usable_bytes=usable,
         weight_bytes=weights,
-        kv_bytes=blocks * layout.bytes_per_block,
+        kv_bytes=blocks * block_bytes,
         activation_bytes=activations,
         rest_bytes=rest,
         kv_tokens=blocks * layout.block_size,
-        bytes_per_token=layout.bytes_per_token,
+        bytes_per_token=block_bytes // layout.block_size,
         block_size=layout.block_size,
         graph_bytes=graphs,
     )
 
 
-def _activation_bytes(resolved: Resolved, spec: ModelSpec, price: Price, table: Table) -> int:
-    """Peak of live op outputs in the largest steps: a full prefill chunk, a full batch sampled with penalties,
-    and prompt tokens scored."""
+def _activation_bytes(resolved: Resolved, spec: ModelSpec, price: Price, table: Table, rows: int) -> int:
+    """Peak of live op outputs in the largest steps: a full prefill chunk, a full batch of `rows` sampled with
+    penalties, and prompt tokens scored."""
     tokens, length = resolved.max_num_batched_tokens, resolved.max_model_len
     new = min(tokens, length)
-    rows = min(resolved.max_num_seqs, tokens)
     peaks = []
     for spans, sampled, more_bytes in (
         (Spans((new,) * (tokens // new), (length,) * (tokens // new)), min(SCORED_ROWS, tokens), 4 + 1 + 8),
@@ -477,6 +735,31 @@ def _measured_activations(
     del runner, pages
     torch.cuda.empty_cache()
     return peak
+
+
+def _measured_passes(
+    resolved: Resolved,
+    model: Decoder,
+    layout: KVLayout,
+    table: Table,
+    device: torch.device,
+    children: int | None = None,
+) -> int:
+    """As _measured_graphs, for passes."""
+    pages = Pages(layout, 1, device, model.store.dtype)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before = device_memory_bytes(device)[1]
+    sizes = _pass_sizes(resolved)
+    graphs = _pass_graphs(resolved, model, pages, table, children, sorted({sizes[0], sizes[-1]}))
+    seen: list[int] = []
+    graphs.capture(lambda done, total: seen.append(device_memory_bytes(device)[1]))
+    used = before - device_memory_bytes(device)[1]
+    each = max(seen[0] - seen[-1], GRAPH_BYTES) if seen else 0
+    graphs.release()
+    del graphs, pages
+    torch.cuda.empty_cache()
+    return max(used, 0) + max(len(sizes) - 2, 0) * each
 
 
 def _measured_graphs(resolved: Resolved, model: Decoder, layout: KVLayout, table: Table, device: torch.device) -> int:

@@ -10,14 +10,17 @@ results of the first. Steps whose next one needs a token's value (`Scheduler.may
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ridgeline.core.clock import Clock
 from ridgeline.core.request import Request
-from ridgeline.core.step import Spans, StepPlan, StepRecord, StepResult
+from ridgeline.core.step import Spans, StepPlan, StepRecord, StepResult, Verified
+from ridgeline.core.tree import TokenTree
 from ridgeline.engine.executor import Executor, Handle
 from ridgeline.schedule import Event, Scheduler
+from ridgeline.schedule.scheduler import NO_DRAFTS, NO_DRAWS, Choice
+from ridgeline.speculate.speculator import Speculator
 
 
 @dataclass(slots=True)
@@ -30,6 +33,7 @@ class _Flight:
     dispatched_s: float
     predicted_s: float | None
     preempted: int
+    draft_s: float
 
 
 class Engine:
@@ -38,7 +42,8 @@ class Engine:
     predict(plan) -> seconds, if given, is asked before each step and lands in its record. Listeners
     get every StepRecord. overlap: read a step's results only when the next one has been dispatched; tokens
     are the same, each comes one call of `step` later. retreats: requests of a step that fails wait again,
-    instead of ending with it.
+    instead of ending with it. speculator: drafts trees for the requests of each step. A tree follows tokens that
+    have been read, so results are read at once while trees pay, and as `overlap` says while they do not.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Engine:
         predict: Callable[[StepPlan], float] | None = None,
         overlap: bool = False,
         retreats: bool = False,
+        speculator: Speculator | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -56,9 +62,11 @@ class Engine:
         self.predict = predict
         self.overlap = overlap
         self.retreats = retreats
+        self.speculator = speculator
         self.failed: tuple[str, ...] = ()
         """Requests of the step that failed last."""
         self.listeners: list[Callable[[StepRecord], None]] = []
+        self._read_s = 0.0  # when results were read last
         self._flights: deque[_Flight] = deque()  # at most one between two steps
         self._events: list[Event] = []
 
@@ -70,12 +78,14 @@ class Engine:
     def abort(self, request_id: str) -> Request | None:
         """End a request at once; its blocks return. None if it is not here (any more)."""
         request = self.scheduler.abort(request_id)
+        self._forget(request_id)
         self._let_go()
         return request
 
     def finish(self, request_id: str, at_token: int, stop_reason: str) -> Request | None:
         """End a request at its output token `at_token`, because the owner of its text found a stop string."""
         request = self.scheduler.finish(request_id, at_token, stop_reason)
+        self._forget(request_id)
         self._let_go()
         return request
 
@@ -94,8 +104,11 @@ class Engine:
         """
         start = self.clock.now()
         preempted = self.scheduler.preemptions
+        if self._flights and self.speculator is not None and self.speculator.pays(len(self.scheduler.running)):
+            self._read(self._flights.popleft())
         chosen = self.scheduler.choose()
-        plan = self.scheduler.plan(chosen)
+        drafts = self._drafts(chosen)
+        plan = self.scheduler.plan(chosen, drafts, self.speculator.draws if self.speculator and drafts else NO_DRAWS)
         if plan is not None:
             for request, _ in chosen:
                 if request.scheduled_s is None:
@@ -108,6 +121,23 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    def _drafts(self, chosen: Sequence[Choice]) -> Mapping[str, TokenTree]:
+        """Trees for the requests of a step. If drafting fails, the step does."""
+        if self.speculator is None or not chosen:
+            return NO_DRAFTS
+        scheduler = self.scheduler
+        try:
+            return self.speculator.draft(chosen, scheduler.room, scheduler.deepest, scheduler.cache.table)
+        except BaseException:
+            plan = scheduler.plan(chosen)
+            if plan is not None:
+                self._fail(plan)
+            raise
+
+    def _forget(self, request_id: str) -> None:
+        if self.speculator is not None:
+            self.speculator.forget(request_id)
+
     def _dispatch(self, plan: StepPlan, start_s: float, preempted: int) -> None:
         predicted_s = None if self.predict is None else self.predict(plan)
         try:
@@ -115,7 +145,8 @@ class Engine:
         except BaseException:
             self._fail(plan)
             raise
-        self._flights.append(_Flight(plan, handle, start_s, self.clock.now(), predicted_s, preempted))
+        draft_s = 0.0 if self.speculator is None else self.speculator.last_draft_s
+        self._flights.append(_Flight(plan, handle, start_s, self.clock.now(), predicted_s, preempted, draft_s))
 
     def _read(self, flight: _Flight) -> None:
         """Wait for a step's results and commit them."""
@@ -125,7 +156,16 @@ class Engine:
             self._fail(flight.plan)
             raise
         read_s = self.clock.now()
-        self._events += self.scheduler.commit(flight.plan, result)
+        events = self.scheduler.commit(flight.plan, result)
+        self._events += events
+        if self.speculator is not None:
+            now = self.clock.now()
+            began_s = max(flight.start_s + flight.draft_s, self._read_s)  # a step under way before it held it up
+            self.speculator.learn(flight.plan, result, now - began_s)
+            self._read_s = now
+            for event in events:
+                if event.finish is not None:
+                    self.speculator.forget(event.request.request_id)
         if self.listeners:
             self._record(flight, result, read_s)
 
@@ -146,9 +186,9 @@ class Engine:
         plan, now = flight.plan, self.clock.now()
         spans = Spans(tuple(c.new for c in plan.chunks), tuple(c.visible for c in plan.chunks))
         if self.overlap:  # what lies between dispatch and reading is the device's time, or another step's
-            host_s = flight.dispatched_s - flight.start_s + now - read_s
+            host_s = flight.dispatched_s - flight.start_s - flight.draft_s + now - read_s
         else:
-            host_s = now - flight.start_s - result.device_s
+            host_s = now - flight.start_s - result.device_s - flight.draft_s
         record = StepRecord(
             number=plan.number,
             kind=plan.kind,
@@ -161,8 +201,16 @@ class Engine:
             host_s=host_s,
             device_s=result.device_s,
             predicted_s=flight.predicted_s,
-            sampled=len(result.sampled),
+            sampled=len(result.sampled) + len(result.accepted),
             padding=result.padding,
+            drafted=sum(len(chunk.tree) for chunk in plan.chunks if chunk.tree is not None),
+            accepted=sum(len(one.nodes) for one in result.accepted.values()),
+            draft_s=flight.draft_s,
+            verified=tuple(
+                Verified(chunk.token_ids[-1], chunk.tree, result.accepted[chunk.request_id].nodes)
+                for chunk in plan.chunks
+                if chunk.tree is not None
+            ),
         )
         for listener in self.listeners:
             listener(record)

@@ -108,7 +108,8 @@ class Ready:
     """The engine runs. Facts that intake and metrics need; settings: as resolved; memory: the ledger, in bytes.
 
     lines: what was decided and why, for a log. load_s: how long the start took. roofs: of the machine, as
-    matrix_flops, vector_flops, bytes_per_s and source; empty if nobody knows them.
+    matrix_flops, vector_flops, bytes_per_s and source; empty if nobody knows them. floors: least seconds of steps, as
+    Forecast.floors has them; empty without roofs.
     """
 
     directory: str
@@ -126,6 +127,7 @@ class Ready:
     lines: list[str]
     load_s: float
     roofs: dict[str, Any] = field(default_factory=dict)
+    floors: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,9 @@ class Stepped:
     tokens whose owners asked. prompts: (number, [(id, log-probability, rank, [...]), …]) of prompt tokens.
     ended: (number, reason, stop id or None, preemptions).
     step_s: how long the step took; device_s: the device's part of it. flops, bytes: the least that it had to do;
-    floor_s: the least time of that under the machine's roofs. 0 and None if nobody counts.
+    floor_s: the least time of that under the machine's roofs. 0 and None if nobody counts. sampled, drafted, accepted,
+    draft_s: as a StepRecord has them; depths: accepted nodes of each tree; tree: now and then one of the trees, as
+    [token before it], tokens, parents and accepted nodes.
     """
 
     step: int
@@ -169,6 +173,12 @@ class Stepped:
     flops: float = 0.0
     bytes: float = 0.0
     floor_s: float | None = None
+    sampled: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_s: float = 0.0
+    depths: list[int] = field(default_factory=list)
+    tree: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from ridgeline.models.rotary import rotary_tables
 from ridgeline.models.spec import ModelSpec
 from ridgeline.models.weights import Store
 from ridgeline.ops.op import Ops
-from ridgeline.ops.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +66,10 @@ class Decoder:
         self.store = store
         build = _Builder(spec, names, store)
         self.embedding = store.matrix([(names.embedding, spec.vocabulary)], spec.hidden)
-        self.position_embedding: Weight | None = None
+        self.places: torch.Tensor | None = None  # learned positions
         if spec.position_offset is not None:
             rows = spec.max_positions + spec.position_offset
-            self.position_embedding = store.matrix([(names.positions, rows)], spec.hidden)
+            self.places = store.plain_matrix(names.positions, rows, spec.hidden)[spec.position_offset :]
         cos = sin = None
         if spec.rope is not None:
             cos, sin = rotary_tables(spec.rope, spec.head_dim, max_positions, store.device)
@@ -86,15 +85,14 @@ class Decoder:
         self, batch: Batch, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], ops: Ops
     ) -> torch.Tensor:
         """Final hidden states [R, D] of the batch's rows; every layer's pages are written in place."""
-        x = ops.embed(batch.ids, self.embedding)
-        if self.position_embedding is not None:
-            x = x + ops.embed(batch.positions + (self.spec.position_offset or 0), self.position_embedding)
+        learned = () if self.places is None else (batch.positions, self.places)
+        x = ops.embed(batch.ids, self.embedding, *learned)
         residual: torch.Tensor | None = None
         for layer, k_pages, v_pages in zip(self.layers, keys, values):
             x, residual = layer(x, residual, batch, k_pages, v_pages, ops)
         if batch.rows is not None:
             assert residual is not None
-            x, residual = x[batch.rows], residual[batch.rows]
+            x, residual = ops.take(x, residual, batch.rows)
         x, _ = self.norm(x, residual, ops)
         return x
 

@@ -17,6 +17,7 @@ from ridgeline.ops.propose import propose
 from ridgeline.ops.restrict import restrict
 from ridgeline.ops.rope import rope_kv_write
 from ridgeline.ops.sample import adjust, sample, score
+from ridgeline.ops.take import take
 from ridgeline.ops.weight import Weight
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "rope_kv_write",
     "sample",
     "score",
+    "take",
 ]

@@ -1,4 +1,4 @@
-"""Looking up rows of an embedding table.
+"""Looking up rows of an embedding table, and of one of positions where a family learns them.
 
 Knows the gather. It must not know what the ids mean.
 """
@@ -17,20 +17,30 @@ from ridgeline.ops.weight import PANEL, Weight, nbytes
 
 
 @op("movement", by_rows=True, float32=Tolerance(0, 0), bfloat16=Tolerance(0, 0), float16=Tolerance(0, 0))
-def embed(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
+def embed(
+    ids: torch.Tensor, weight: Weight, positions: torch.Tensor | None = None, places: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rows `ids` of the table: ids [T] integers, weight [vocabulary, D] -> [T, D].
 
-    A table in the "panels" format (shared with the output projection) is gathered as it lies.
+    A table in the "panels" format (shared with the output projection) is gathered as it lies. positions: [T]
+    integers, and places [P, D]: rows `positions` of this second table are added.
     """
     if weight.format == "panels":
-        return weight.data[ids // PANEL, :, ids % PANEL]
-    return F.embedding(ids, weight.data)
+        rows = weight.data[ids // PANEL, :, ids % PANEL]
+    else:
+        rows = F.embedding(ids, weight.data)
+    return rows if positions is None or places is None else rows + F.embedding(positions, places)
 
 
 @embed.cost
-def _(ids: torch.Tensor, weight: Weight) -> Cost:
-    row_bytes = weight.in_features * weight.data.element_size()
-    return Cost(read_bytes=nbytes(ids) + ids.numel() * row_bytes, write_bytes=ids.numel() * row_bytes)
+def _(
+    ids: torch.Tensor, weight: Weight, positions: torch.Tensor | None = None, places: torch.Tensor | None = None
+) -> Cost:
+    elements = ids.numel() * weight.in_features
+    row_bytes = elements * weight.data.element_size()
+    if positions is None:
+        return Cost(read_bytes=nbytes(ids) + row_bytes, write_bytes=row_bytes)
+    return Cost(flops=elements, read_bytes=nbytes(ids, positions) + 2 * row_bytes, write_bytes=row_bytes)
 
 
 @embed.examples
@@ -39,6 +49,13 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
         yield {
             "ids": torch.randint(rows, (tokens,), device=device),
             "weight": Weight.dense_from(torch.randn(rows, width, device=device, dtype=dtype)),
+        }
+    for rows, width, tokens in ((10, 16, 1), (300, 100, 40), (50, 5000, 3)):
+        yield {
+            "ids": torch.randint(rows, (tokens,), device=device),
+            "weight": Weight.dense_from(torch.randn(rows, width, device=device, dtype=dtype)),
+            "positions": torch.randint(33, (tokens,), device=device),
+            "places": torch.randn(35, width, device=device, dtype=dtype)[2:],
         }
 
 

@@ -6,7 +6,8 @@ any model beyond the name on the card.
 A step is all ops but attention (by tokens), the head (by sampled rows), attention (decodes by requests and context;
 prefills by new tokens and those before them), all times ops_scale; and what lies around them: step_s + request_s a
 request on the device's side, host_step_s + host_request_s on the host's, and between two steps, in the loop of whoever
-drives the engine, loop_step_s + loop_request_s.
+drives the engine, loop_step_s + loop_request_s. Steps other than decoding, which a GPU is handed op by op, take no less
+than dispatch_s.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,15 @@ class Card:
     loop_step_s: float
     loop_request_s: float
     residual: float
+    dispatch_s: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
     clocks: Mapping[str, Any] = field(default_factory=dict)
 
     def device_s(self, spans: Spans, rows: int) -> float:
         """Seconds from a step's dispatch to its results."""
-        return (
-            self.step_s
-            + self.request_s * len(spans.new)
-            + self.ops_scale
-            * (self.body(sum(spans.new)) + (self.head(rows) if rows else 0.0) + self.attention_s(spans))
-        )
+        ops_s = self.body(sum(spans.new)) + (self.head(rows) if rows else 0.0) + self.attention_s(spans)
+        seconds = self.step_s + self.request_s * len(spans.new) + self.ops_scale * ops_s
+        return max(seconds, self.dispatch_s) if any(new > 1 for new in spans.new) else seconds
 
     def host_s(self, spans: Spans) -> float:
         """Seconds of scheduling and commit around it."""

@@ -128,8 +128,9 @@ def find(name: str) -> Hardware:
     plain = {_plain(one): one for one in machines}
     if _plain(wanted) in plain:
         return machines[plain[_plain(wanted)]]
-    near = difflib.get_close_matches(wanted, [*machines, THIS], n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = [one for one in machines if wanted and one.startswith(wanted)]
+    near = near or difflib.get_close_matches(wanted, [*machines, THIS], n=1, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise InvalidArgument("hardware", f"{name!r} is not known: {', '.join([*machines, THIS])}{hint}")
 
 

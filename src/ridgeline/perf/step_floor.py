@@ -27,20 +27,24 @@ class _Call:
     bytes_a_token: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """(FLOPs, bytes) that the head of one row takes and that each further one adds: its weights are read once."""
+
+    one: tuple[float, float]
+    more: tuple[float, float]
+
+
 class StepFloor:
     """FLOPs and bytes of steps of one model. tokens: the most that a step may have."""
 
     def __init__(self, price: Price, tokens: int) -> None:
         points = _powers(tokens)
         bodies = [_without_attention(price, number, 0) for number in points]
-        heads = [_without_attention(price, number, number) for number in (1, 2)]
         self._flops = Line(tuple((float(number), body.flops) for number, body in zip(points, bodies)))
         self._bytes = Line(tuple((float(number), body.bytes) for number, body in zip(points, bodies)))
-        first, second = (
-            (head.flops - self._flops(number), head.bytes - self._bytes(number)) for number, head in zip((1, 2), heads)
-        )
-        # The head of r rows is what one row takes and what each further one adds: its weights are read once.
-        self._head = first, (second[0] - first[0], second[1] - first[1])
+        # Where a step has more tokens than rows, these are taken out of the others.
+        self._every, self._some = _head(price, 1, 2), _head(price, 3, 3)
         self._calls = _calls(price)
 
     def __call__(self, spans: Spans, rows: int) -> tuple[float, float]:
@@ -48,7 +52,8 @@ class StepFloor:
         tokens = sum(spans.new)
         flops, moved = self._flops(tokens), self._bytes(tokens)
         if rows:
-            (one_flops, one_bytes), (more_flops, more_bytes) = self._head
+            head = self._every if rows == tokens else self._some
+            (one_flops, one_bytes), (more_flops, more_bytes) = head.one, head.more
             flops += one_flops + (rows - 1) * more_flops
             moved += one_bytes + (rows - 1) * more_bytes
         for call in self._calls:
@@ -73,6 +78,16 @@ def _without_attention(price: Price, tokens: int, rows: int) -> Cost:
         whole.read_bytes - attention.read_bytes,
         whole.write_bytes - attention.write_bytes,
     )
+
+
+def _head(price: Price, tokens_of_one: int, tokens_of_two: int) -> _Head:
+    """The head of steps with so many tokens when one row and when two rows are sampled."""
+    found = []
+    for rows, tokens in ((1, tokens_of_one), (2, tokens_of_two)):
+        head, body = _without_attention(price, tokens, rows), _without_attention(price, tokens, 0)
+        found.append((head.flops - body.flops, head.bytes - body.bytes))
+    (flops, moved), (both_flops, both_moved) = found
+    return _Head((flops, moved), (both_flops - flops, both_moved - moved))
 
 
 def _calls(price: Price) -> list[_Call]:

@@ -1,7 +1,9 @@
 """The Timer: watches the ops of a forward pass on a real device and takes their times.
 
 The Meter's counterpart: predicted and measured join by op. Knows clocks of devices. It must not know models. On a
-CPU an op is over when its call returns; on a GPU events are laid around it and read after the step.
+CPU an op is over when its call returns; on a GPU events are laid around it and read after the step. There a step's
+first op waits behind a pause as long as the host needed to launch the step before: otherwise the device would wait for
+each launch, and events would measure the host.
 """
 
 from __future__ import annotations
@@ -15,6 +17,12 @@ import torch
 
 from ridgeline.core.cost import Cost
 from ridgeline.ops.op import Op
+
+AHEAD = 1.5
+"""Times the launches of the step before that the device pauses."""
+MOST_PAUSE_S = 0.2
+FASTEST_HZ = 2e9
+"""No GPU's clock is faster by much: a pause counts its cycles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +47,15 @@ class Timer:
         self._device = device
         self._start: Any = None
         self._calls: list[tuple[Op, Cost, Any, Any]] = []
+        self._began_s = self._ended_s = 0.0
+        self._paused: tuple[Any, Any] | None = None
+        self.paused_s = 0.0
+        """Of the last step that was taken: how long the device was kept waiting first."""
 
     def before(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._calls:
+            self._pause()
+            self._began_s = time.perf_counter()
         if self._events:
             self._start = torch.cuda.Event(enable_timing=True)
             self._start.record()
@@ -55,14 +70,27 @@ class Timer:
         else:
             end = time.perf_counter()
         self._calls.append((op, op.floor(*args, **kwargs), self._start, end))
+        self._ended_s = time.perf_counter()
 
     def take(self) -> list[TimedCall]:
         """The calls since the last time; waits for a GPU."""
         if self._events:
             torch.cuda.synchronize(self._device)
+        paused, self._paused = self._paused, None
+        self.paused_s = 0.0 if paused is None else _event_seconds(*paused)
         calls, self._calls = self._calls, []
         between: Callable[[Any, Any], float] = _event_seconds if self._events else _clock_seconds
         return [TimedCall(op.name, op.kind, cost, between(start, end)) for op, cost, start, end in calls]
+
+    def _pause(self) -> None:
+        """Keep a GPU busy with nothing, until the host is ahead of it by about a step."""
+        launched_s = self._ended_s - self._began_s
+        if self._events and launched_s:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            torch.cuda._sleep(int(min(AHEAD * launched_s, MOST_PAUSE_S) * FASTEST_HZ))
+            end.record()
+            self._paused = start, end
 
 
 def _event_seconds(start: Any, end: Any) -> float:

@@ -386,10 +386,11 @@ class PassGraphs:
         )
 
     @torch.inference_mode()
-    def launch(self, chunks: Sequence[Chunk], settings: Iterable[tuple[int, Sampling]]) -> Passed:
+    def launch(self, chunks: Sequence[Chunk], settings: Iterable[tuple[int, Sampling]], whole: bool = True) -> Passed:
         """Start a pass for which there is a size: the rows of chunk after chunk, its tokens and then its nodes.
 
-        settings: (row, how the token behind it is chosen), of the rows for which that matters.
+        settings: (row, how the token behind it is chosen), of the rows for which that matters. whole: False leaves
+        the second graph out.
         """
         size = self.size_for(chunks)
         assert size is not None, "no size holds this pass"
@@ -413,7 +414,7 @@ class PassGraphs:
         else:
             one.forward.replay()
         passed = Passed(size.rows - count, self.hidden[:count])
-        if plain:
+        if whole and plain:
             if one.choice is None:
                 self._choose(one)
             else:

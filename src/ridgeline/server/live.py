@@ -10,7 +10,9 @@ from typing import Any
 
 from ridgeline import __version__
 from ridgeline.core.request import RequestOutput
-from ridgeline.dashboard.board import NO_PROMPT, Board, Facts, Now, Step
+from ridgeline.core.step import Verified
+from ridgeline.core.tree import TokenTree
+from ridgeline.dashboard.board import Board, Facts, Now, Step
 from ridgeline.engine.messages import Beat, Ready, Stepped
 from ridgeline.perf.roofline import Roofline
 
@@ -32,8 +34,11 @@ class Live:
         )  # fmt: skip
         self.board = Board(nothing)
 
-    def engine(self, facts: Ready) -> None:
-        """An engine is ready: the first, or one in the place of another."""
+    def engine(self, facts: Ready, word: Callable[[int], str] | None) -> None:
+        """An engine is ready: the first, or one in the place of another.
+
+        word(token): its text, for drafted trees; None if who sees the page must not see what others ask.
+        """
         self._running = self._preemptions = 0
         self.board.facts = Facts(
             model=self._model,
@@ -46,6 +51,7 @@ class Live:
             max_model_len=facts.max_model_len,
             roofline=_roofline(facts.roofs),
             roofs=str(facts.roofs.get("source", "")),
+            word=word,
         )
 
     def heard(self, message: Stepped | Beat) -> None:
@@ -59,12 +65,11 @@ class Live:
             return
         preempted = max(message.preemptions - self._preemptions, 0)
         self._preemptions = message.preemptions
-        output = len(message.numbers)
         self.board.step(
             Step(
                 kind=message.kind,
-                output_tokens=output,
-                prompt_tokens=0 if message.kind in NO_PROMPT else max(message.new_tokens - output, 0),
+                output_tokens=len(message.numbers),
+                prompt_tokens=max(message.new_tokens - message.drafted - message.sampled, 0),
                 device_s=message.device_s,
                 predicted_s=message.predicted_s,
                 running=message.running,
@@ -73,6 +78,12 @@ class Live:
                 preempted=preempted,
                 flops=message.flops,
                 bytes=message.bytes,
+                rows=message.sampled,
+                drafted=message.drafted,
+                accepted=message.accepted,
+                draft_s=message.draft_s,
+                depths=tuple(message.depths),
+                verified=_verified(message.tree),
             )
         )
 
@@ -92,6 +103,14 @@ class Live:
         """For the page, now."""
         waiting = max(self._admitted() - self._running, 0)
         return self.board.snapshot(Now(self._state(), self._running, waiting))
+
+
+def _verified(told: list[list[int]]) -> Verified | None:
+    """A Stepped's tree."""
+    if not told:
+        return None
+    (root,), tokens, parents, accepted = told
+    return Verified(root, TokenTree(tokens, parents), accepted)
 
 
 def _roofline(roofs: Mapping[str, Any]) -> Roofline | None:

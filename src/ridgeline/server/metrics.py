@@ -27,7 +27,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model, "engine": "0"}
-        self._preemptions = self._queries = self._hits = 0
+        self._preemptions = self._queries = self._hits = self._blocks = 0
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self.running = gauge("vllm:num_requests_running", "Requests in the engine's batch.")
         self.waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a seat.")
@@ -71,6 +71,16 @@ class Metrics:
         )
         self.flops = counter("vllm:estimated_flops_per_gpu", "Floating-point operations that steps had to do.")
         self.bytes = counter("ridgeline:estimated_bytes", "Bytes that steps had to move to and from memory.")
+        self.drafts = counter("vllm:spec_decode_num_drafts", "Draft trees that were verified.")
+        self.draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Tokens of draft trees.")
+        self.accepted = counter("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.")
+        self.accepted_at = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were accepted, by their place behind the last token, from 0.",
+            ["model_name", "engine", "position"],
+            registry=self.registry,
+        )
+        self.draft_s = counter("ridgeline:draft_seconds", "Time spent on drafting.")
         self.memory = Gauge(
             "ridgeline:memory_bytes", "The memory ledger.", ["model_name", "engine", "part"], registry=self.registry
         )
@@ -143,6 +153,8 @@ class Metrics:
             if value != before:
                 counter.inc(value - before if value > before else value)  # a new engine counts from zero
                 setattr(self, name, value)
+        if message.drafted:
+            self._drafted(message)
         if message.kind:
             self.iteration_tokens.observe(message.new_tokens)
             self.step_s.observe(message.step_s)
@@ -152,6 +164,15 @@ class Metrics:
                 self.limit_share.observe(message.floor_s / message.device_s)
                 self.flops.inc(message.flops)
                 self.bytes.inc(message.bytes)
+
+    def _drafted(self, message: Stepped) -> None:
+        self.drafts.inc(len(message.depths))
+        self.draft_tokens.inc(message.drafted)
+        self.accepted.inc(message.accepted)
+        self.draft_s.inc(message.draft_s)
+        for place in range(max(message.depths, default=0)):
+            reached = sum(depth > place for depth in message.depths)
+            self.accepted_at.labels(**self._labels, position=str(place)).inc(reached)
 
     def ended(self, output: RequestOutput, n: int, max_tokens: int) -> None:
         """A request has come to its end."""

@@ -1,6 +1,6 @@
 """Calibration: a model's own steps measured on this device, on a grid, in about a minute.
 
-Knows how to make steps of any shape, a Timer, and least squares. It must not know workloads: what is asked later
+Knows steps of any shape that are timed, and least squares. It must not know workloads: what is asked later
 lies between the points. Ops are timed in watched steps; what lies around them comes from unwatched steps of
 other shapes, whose left-over error is the card's error bar.
 """
@@ -8,32 +8,27 @@ other shapes, whose left-over error is the card's error bar.
 from __future__ import annotations
 
 import itertools
-import platform
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
-import torch
 
-from ridgeline.core.errors import DoesNotFit, RidgelineError
-from ridgeline.core.request import SamplingParams
-from ridgeline.core.step import Chunk, Sampling, Spans, StepPlan, StepRecord
+from ridgeline.core.errors import RidgelineError
+from ridgeline.core.step import Spans, StepRecord
 from ridgeline.engine.build import Built
 from ridgeline.perf.card import Card, Grid, Line
-from ridgeline.perf.timer import TimedCall, Timer
 from ridgeline.study.explain import exposed
+from ridgeline.study.step_bench import Shape, StepBench, versions
+from ridgeline.study.timing import clocks, slowed
 from ridgeline.workload.arrivals import Job
 from ridgeline.workload.drive import drive
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CONTEXTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-REPEATS = 7
-ENOUGH_S = 0.25
 BUSY = 1.25
 """A quiet machine repeats a step within this factor (upper quartile over median); beyond it the machine is busy."""
 
@@ -42,26 +37,13 @@ class BusyMachine(RidgelineError):
     """Times vary too much to calibrate by."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """A step to measure: (new, visible) of each request; every request is sampled."""
-
-    spans: tuple[tuple[int, int], ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(new for new, _ in self.spans)
-
-    def as_spans(self) -> Spans:
-        return Spans(tuple(new for new, _ in self.spans), tuple(visible for _, visible in self.spans))
-
-
 def calibrate(built: Built, progress: Callable[[int, int], None] | None = None, allow_busy: bool = False) -> Card:
     """Measure steps of `built`'s model up to its limits, and fit a Card.
 
     Raises BusyMachine if repeated steps differ by more than BUSY, unless allow_busy.
     """
-    bench = _Bench(built)
+    bench = StepBench(built)
+    clocks_before = clocks(bench.device)
     tokens = [count for count in TOKENS if count <= bench.most_tokens]
     batches = [count for count in TOKENS if count <= bench.most_requests]
     contexts = [length for length in CONTEXTS if length < bench.longest] + [bench.longest]
@@ -80,25 +62,19 @@ def calibrate(built: Built, progress: Callable[[int, int], None] | None = None, 
     body: dict[int, float] = {}
     head: dict[int, float] = {}
     for count in tokens:
-        body[count], head_one, _ = bench.parts(
-            _Shape(((count, count),) if count <= bench.longest else bench.cut(count))
-        )
+        body[count], head_one, _ = bench.parts(Shape(((count, count),) if count <= bench.longest else bench.cut(count)))
         head.setdefault(1, head_one)
         tick()
     decode: dict[tuple[int, int], float] = {}
     for count, length in decodes:
-        _, head_s, decode[count, length] = bench.parts(_Shape(((1, length),) * count))
+        _, head_s, decode[count, length] = bench.parts(Shape(((1, length),) * count))
         head[count] = min(head.get(count, head_s), head_s)
         tick()
     prefill: dict[tuple[int, int], float] = {}
     for new, before in prefills:
-        _, _, prefill[new, before] = bench.parts(_Shape(((new, new + before),)))
+        _, _, prefill[new, before] = bench.parts(Shape(((new, new + before),)))
         tick()
-    if bench.spread > BUSY and not allow_busy:
-        raise BusyMachine(
-            f"the same step took up to {bench.spread:.2f} times its median: something else runs on this machine, or "
-            "its clocks change; calibrate when it is quiet, or say --allow-busy to have the card marked"
-        )
+    told = quiet(bench, clocks_before, allow_busy)
     card = Card(
         device=bench.device_name,
         model=built.directory.name,
@@ -117,85 +93,28 @@ def calibrate(built: Built, progress: Callable[[int, int], None] | None = None, 
         loop_step_s=0.0,
         loop_request_s=0.0,
         residual=0.0,
-        versions=_versions(),
-        clocks={"spread": bench.spread},
+        versions=versions(),
+        clocks=told,
     )
     return _anchored(card, built)
 
 
-class _Bench:
-    """Makes and times steps of any shape, over blocks of the engine's own pool."""
-
-    def __init__(self, built: Built) -> None:
-        self.built = built
-        config = built.config
-        self.device = torch.device(config.device)
-        self.timer = Timer(self.device)
-        self.ops = {kind: ops.observed(self.timer) for kind, ops in built.table.by_work.items()}
-        self.longest = config.max_model_len
-        self.most_tokens = config.max_num_batched_tokens
-        self.most_requests = min(config.max_num_seqs, self.most_tokens)
-        self.block, self.blocks = config.block_size, config.num_blocks
-        self.spread = 1.0
-        self._draw = random.Random(0)
-        self._number = 0
-
-    @property
-    def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor()
-
-    def fits(self, requests: int, length: int) -> bool:
-        """Whether the pool holds so many requests of this length, each in blocks of its own."""
-        return requests * -(-length // self.block) <= self.blocks
-
-    def cut(self, tokens: int) -> tuple[tuple[int, int], ...]:
-        """So many prompt tokens in prompts of at most the longest length."""
-        whole, rest = divmod(tokens, self.longest)
-        return ((self.longest, self.longest),) * whole + (((rest, rest),) if rest else ())
-
-    def parts(self, shape: _Shape) -> tuple[float, float, float]:
-        """(body, head, attention) seconds of a watched step: medians over repeats, the first of which warms up."""
-        found: list[tuple[float, float, float]] = []
-        plan = self.plan(shape)
-        for number in range(REPEATS + 1):
-            self.built.runner.run(plan, self.ops[plan.kind])
-            calls = self.timer.take()
-            if number:
-                found.append(_split(calls))
-            if number >= 3 and sum(map(sum, found)) > ENOUGH_S:
-                break  # a slow step is measured well enough by three
-        body, head, attention = (sorted(one[place] for one in found) for place in range(3))
-        whole = sorted(sum(one) for one in found)
-        self.spread = max(
-            self.spread, whole[(3 * len(whole)) // 4] / statistics.median(whole) if len(whole) > 3 else 1.0
+def quiet(bench: StepBench, before: Mapping[str, str], allow_busy: bool) -> dict[str, Any]:
+    """How steady the machine was, and its clocks, for the card. BusyMachine if that is not steady enough, unless
+    allow_busy."""
+    after = clocks(bench.device)
+    why = slowed(after)
+    if bench.spread > BUSY and not allow_busy:
+        raise BusyMachine(
+            f"the same step took up to {bench.spread:.2f} times its median: something else runs on this machine, or "
+            "its clocks change; calibrate when it is quiet, or say --allow-busy to have the card marked"
         )
-        return statistics.median(body), statistics.median(head), statistics.median(attention)
-
-    def plan(self, shape: _Shape) -> StepPlan:
-        """A step of this shape on random tokens, every request in blocks of its own while they last."""
-        vocabulary = self.built.spec.vocabulary
-        params = SamplingParams(temperature=0, ignore_eos=True)
-        chunks, used = [], 0
-        for number, (new, visible) in enumerate(shape.spans):
-            need = -(-visible // self.block)
-            if used + need > self.blocks:
-                used = 0  # reading somebody else's keys takes as long
-            if need > self.blocks:
-                raise DoesNotFit(f"a request of {visible} tokens needs {need} blocks, the pool has {self.blocks}")
-            tokens = [self._draw.randrange(vocabulary) for _ in range(new)]
-            sampling = Sampling(params, 0, visible, tokens, visible)
-            chunks.append(Chunk(f"c{number}", tokens, visible - new, range(used, used + need), sampling))
-            used += need
-        self._number += 1
-        return StepPlan(self._number, tuple(chunks))
-
-
-def _split(calls: Sequence[TimedCall]) -> tuple[float, float, float]:
-    """(body, head, attention) seconds; the head is what follows the last norm."""
-    last = max(place for place, one in enumerate(calls) if one.kind == "normalization")
-    attention = sum(one.seconds for one in calls if one.op == "attention")
-    body = sum(one.seconds for one in calls[: last + 1] if one.op != "attention")
-    return body, sum(one.seconds for one in calls[last + 1 :]), attention
+    if why and not allow_busy:
+        raise BusyMachine(
+            f"the GPU's clocks are held down ({why}): calibrate when it is cool, or say --allow-busy to have the card "
+            "marked"
+        )
+    return {"spread": bench.spread, "slowed": why, "before": dict(before), "after": after}
 
 
 def _grid(
@@ -224,14 +143,8 @@ def _anchored(card: Card, built: Built) -> Card:
     fit, judge = records[::2], records[1::2]
     counts = [float(len(record.spans)) for record in fit]
     ops = [_predicted(card, record) for record in fit]
-    step_s, request_s, scale = _fitted([[1.0] * len(fit), counts, ops], [record.device_s for record in fit])
-    if built.engine.overlap:  # what the device waits for the host comes and goes: its mean
-        host_step_s, host_request_s = statistics.mean(record.host_s for record in fit), 0.0
-        loop_step_s = loop_request_s = 0.0
-    else:
-        host_step_s, host_request_s = _fitted([[1.0] * len(fit), counts], [record.host_s for record in fit])
-        loops = [(float(len(record.spans)), between_s) for record, between_s in served if between_s > 0]
-        loop_step_s, loop_request_s = _fitted([[1.0] * len(loops), [n for n, _ in loops]], [s for _, s in loops])
+    step_s, request_s, scale = fitted([[1.0] * len(fit), counts, ops], [record.device_s for record in fit])
+    host_step_s, host_request_s, loop_step_s, loop_request_s = _around(built, served)
     card = replace(
         card,
         step_s=step_s,
@@ -246,12 +159,28 @@ def _anchored(card: Card, built: Built) -> Card:
     return replace(card, residual=errors[int(0.95 * (len(errors) - 1))])
 
 
+def around(built: Built) -> tuple[float, float, float, float]:
+    """Seconds of the host around a step and for each of its requests, and of the loop between two steps, the same."""
+    return _around(built, [(record, between_s) for record, between_s in _served(built) if record.device_s > 0])
+
+
+def _around(built: Built, served: Sequence[tuple[StepRecord, float]]) -> tuple[float, float, float, float]:
+    records = [record for record, _ in served][::2]
+    if built.engine.overlap:  # what the device waits for the host comes and goes: its mean
+        return statistics.mean(record.host_s for record in records), 0.0, 0.0, 0.0
+    counts = [float(len(record.spans)) for record in records]
+    host_step_s, host_request_s = fitted([[1.0] * len(records), counts], [record.host_s for record in records])
+    loops = [(float(len(record.spans)), between_s) for record, between_s in served if between_s > 0]
+    loop_step_s, loop_request_s = fitted([[1.0] * len(loops), [n for n, _ in loops]], [s for _, s in loops])
+    return host_step_s, host_request_s, loop_step_s, loop_request_s
+
+
 def _predicted(card: Card, record: StepRecord) -> float:
     new, visible = zip(*record.spans)
-    return card.device_s(Spans(new, visible), record.sampled)
+    return card.device_s(Spans(new, visible), record.rows)
 
 
-def _fitted(features: Sequence[Sequence[float]], measured: Sequence[float]) -> list[float]:
+def fitted(features: Sequence[Sequence[float]], measured: Sequence[float]) -> list[float]:
     """Weights of least squared relative error; steps that another process disturbed are left out: the worst tenth,
     three times."""
     columns = np.array(features, dtype=np.float64)
@@ -287,23 +216,3 @@ def _served(built: Built) -> Iterator[tuple[StepRecord, float]]:
             continue
         for one, after in itertools.pairwise(records[2:]):
             yield one, after.start_s - one.start_s - one.host_s - one.device_s
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("ridgeline", "numba", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

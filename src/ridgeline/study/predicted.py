@@ -48,7 +48,7 @@ class PredictedSteps:
             if one.device_s > 0:
                 new, visible = zip(*one.spans)
                 spans = Spans(new, visible)
-                points.append((one.kind, card.device_s(spans, one.sampled), one.device_s))
+                points.append((one.kind, card.device_s(spans, one.rows), one.device_s))
                 beyond.append(not card.covers(spans))
         if not points:
             raise InvalidArgument("card", "has nothing to say: no step ran")

@@ -144,10 +144,12 @@ def simulate(
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One rate of a search: the share of requests within every objective, and the latencies."""
+    """One rate of a search: the share of requests within every objective, whether as many came as went, the
+    latencies."""
 
     rate_per_s: float
     share: float
+    sustained: bool
     ttft: Spread | None
     tpot: Spread | None
     e2e: Spread | None
@@ -155,12 +157,12 @@ class Tried:
     def as_dict(self) -> dict[str, Any]:
         spreads = {"ttft": self.ttft, "tpot": self.tpot, "e2e": self.e2e}
         shown = {name: None if one is None else one.as_dict() for name, one in spreads.items()}
-        return {"rate_per_s": self.rate_per_s, "share": self.share, **shown}
+        return {"rate_per_s": self.rate_per_s, "share": self.share, "sustained": self.sustained, **shown}
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The highest request rate at which `share` of requests meet every objective; 0 if none does.
+    """The highest request rate that can go on, at which `share` of requests meet every objective; 0 if none does.
 
     tried: rates in the order of the search. best: figures at that rate, or, where no rate meets them, at the lowest one
     tried: the best that can be reached. saturated: no rate is too high, because so few requests never queue.
@@ -188,16 +190,20 @@ def capacity(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Capacity:
-    """Bisect the Poisson rate. InvalidArgument, with the best reachable, if not even one request alone meets it."""
+    """Bisect the Poisson rate. InvalidArgument, with the best reachable, if not even one request alone meets it.
+
+    A rate counts as met only if it is sustained: a few requests can be within an objective while they pile up.
+    """
     tried: list[Tried] = []
 
     def run(rate: float) -> tuple[float, Report]:
-        found = simulate(poisson(jobs, rate, seed), setting, seconds, host_s, objectives).report
+        done = simulate(poisson(jobs, rate, seed), setting, seconds, host_s, objectives)
+        found, on = done.report, sustained(done.served)
         met = found.met / max(found.requests, 1)
-        tried.append(Tried(rate, met, found.ttft, found.tpot, found.e2e))
+        tried.append(Tried(rate, met, on, found.ttft, found.tpot, found.e2e))
         if progress is not None:
             progress(len(tried), TYPICAL_RUNS)
-        return met, found
+        return met if on else 0.0, found
 
     alone = simulate(jobs[:1], setting, seconds, host_s, objectives).report
     assert alone.e2e is not None
@@ -229,3 +235,16 @@ def capacity(
         else:
             high = middle
     return Capacity(low, share, tuple(tried), best)
+
+
+def sustained(served: Sequence[Served]) -> bool:
+    """Whether requests leave as fast as they arrive: no more of them are under way at the last arrival than halfway
+    there, but for a quarter and twice the scatter of a Poisson number."""
+    arrivals = sorted(one.arrival_s for one in served)
+    ends = [one.token_times_s[-1] for one in served if one.token_times_s]
+
+    def under_way(at_s: float) -> int:
+        return sum(one <= at_s for one in arrivals) - sum(one <= at_s for one in ends)
+
+    half = under_way((arrivals[0] + arrivals[-1]) / 2)
+    return under_way(arrivals[-1]) <= 1.25 * half + 2 * half**0.5 + 1

@@ -139,14 +139,14 @@ class Speed:
             first_token_s=self.arrivals[0] - self.start_s if self.arrivals else 0.0,
             prompts=1,
             output_tokens=self.tokens,
-            decode_tokens=sum(record.sampled for record in decode),
+            decode_tokens=sum(record.tokens for record in decode),
         )
 
     def report_all(self, metrics: Sequence[RequestMetrics], seconds: float) -> SpeedReport:
         """Many prompts at once, in `seconds` from the first to the last."""
         self.stop()
         firsts = [one.ttft_s for one in metrics if one.ttft_s is not None]
-        sampled = sum(record.sampled for record in self.records)
+        sampled = sum(record.tokens for record in self.records)
         return self._judged(
             self.records,
             seconds,
@@ -192,7 +192,7 @@ class _Floor:
     def of(self, record: StepRecord) -> Cost:
         new, visible = zip(*record.spans)
         dense = self._chord(sum(new), self._tokens, 0)
-        head = self._chord(record.sampled, self._rows, 1) if record.sampled else ZERO
+        head = self._chord(record.rows, self._rows, 1) if record.rows else ZERO
         return dense + head + self.price.attention(Spans(new, visible))
 
     def _chord(self, number: int, known: dict[int, Cost], rows: int) -> Cost:

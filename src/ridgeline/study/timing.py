@@ -20,6 +20,8 @@ import torch
 
 RESAMPLES = 2000
 CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+SLOWED = {0x8: "hardware slowdown", 0x20: "heat", 0x40: "heat, by hardware", 0x80: "power brake"}
+"""Bits of the driver's reasons for lower clocks that a measurement must not have."""
 LEAST_S = 1e-3
 """A timed stretch is at least this long: events tick in half microseconds, and a graph's start takes some."""
 MOST_S = 0.06
@@ -160,6 +162,16 @@ def clocks(device: torch.device) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(CLOCK_FIELDS, (one.strip() for one in done.stdout.splitlines()[0].split(","))))
+
+
+def slowed(told: Mapping[str, str]) -> str:
+    """Why a GPU's clocks are held down, of what `clocks` told; empty if they are not. A cap of power under load is how
+    such cards work, and no fault."""
+    try:
+        bits = int(told.get("clocks_event_reasons.active", "0"), 16)
+    except ValueError:
+        return ""
+    return ", ".join(what for bit, what in SLOWED.items() if bits & bit)
 
 
 def forget(device: torch.device) -> None:

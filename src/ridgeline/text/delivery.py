@@ -104,9 +104,13 @@ class Delivery:
                 one.told_parts, one.told_end = len(one.text), ended
                 yield index, text, ids
 
-    def untold_characters(self) -> int:
-        """How much text the next `news` will bring."""
-        return sum(len(part) for one in self._completions.values() for part in one.text[one.told_parts :])
+    def untold(self) -> tuple[int, int]:
+        """How much the next `news` will bring: characters of text, and log-probabilities."""
+        characters = scores = 0
+        for one in self._completions.values():
+            characters += sum(map(len, one.text[one.told_parts :]))
+            scores += sum(map(len, (one.output.logprobs or [])[one.told_tokens :]))
+        return characters, scores
 
     def scheduled(self, request: Request) -> None:
         """The first news of a request: when it came, when it first ran, and what the cache had of it."""

@@ -17,7 +17,7 @@ SERVED = [name for name, op in REGISTRY.items() if "cpu" in op.kernels]
 def test_every_op_of_a_forward_pass_is_served() -> None:
     assert set(SERVED) >= {
         "attention", "embed", "gate", "gated_linear", "kv_move", "layer_norm", "linear", "moe", "norm",
-        "rope_kv_write", "sample",
+        "rope_kv_write", "sample", "take",
     }  # fmt: skip
 
 

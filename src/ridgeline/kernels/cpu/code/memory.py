@@ -12,6 +12,7 @@ from ridgeline.kernels.cpu.code.vector import (
     load_bfloat_part,
     load_float,
     load_float_part,
+    load_i64,
     store_bfloat,
     store_bfloat_part,
     store_float,
@@ -44,6 +45,22 @@ def write(address, half, count, x):  # type: ignore[no-untyped-def]
         store_bfloat_part(address, count, x)
     else:
         store_float_part(address, count, x)
+
+
+@njit
+def added(x, target, half, width):  # type: ignore[no-untyped-def]
+    """Write x + target over the target, rounded to its type."""
+    size = 4 - 2 * half
+    for at in range(0, width, 16):
+        count = width - at
+        value = read(x + size * at, half, count) + read(target + size * at, half, count)
+        write(target + size * at, half, count, value)
+
+
+@njit
+def row_at(ids, place, rows):  # type: ignore[no-untyped-def]
+    """The row that ids[place] names. One outside the table must not read foreign memory; the engine has refused it."""
+    return min(max(load_i64(ids + 8 * place), 0), rows - 1)
 
 
 @njit

@@ -11,19 +11,8 @@ import math
 import numpy as np
 
 from ridgeline.kernels.cpu.blocks import NORM_ROWS
-from ridgeline.kernels.cpu.code.memory import read, write
-from ridgeline.kernels.cpu.code.part import njit
+from ridgeline.kernels.cpu.code.memory import added, read, write
 from ridgeline.kernels.cpu.code.vector import argument, float_of, fma, inside, round_bfloat, splat, total, zeros
-
-
-@njit
-def added(x, residual, half, width):  # type: ignore[no-untyped-def]
-    """Write x + residual over the residual, rounded to its type."""
-    size = 4 - 2 * half
-    for at in range(0, width, 16):
-        count = width - at
-        value = read(x + size * at, half, count) + read(residual + size * at, half, count)
-        write(residual + size * at, half, count, value)
 
 
 def norm_rows(arguments: int, scratch: int, begin: int, end: int) -> None:

@@ -1,0 +1,507 @@
+"""A machine's card, measured: every op by its number of tokens and its sizes, and what engines add around them.
+
+Knows models made up for the purpose, whose shapes nobody uses, and how to run their ops in a row. It must not know any
+model that will be asked about. The engine prepares a step of such a model; its op calls are kept, and those that are
+alike, one of each layer, run in a row (on a GPU in a captured graph, so that launches cost what they cost there) with
+weights that come from memory. Steps as the engine runs them, of other shapes than those in the row, tell the rest, and
+half of them the error bar.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ridgeline.core.machine import largest_cache_bytes
+from ridgeline.core.step import Spans
+from ridgeline.engine.build import Built
+from ridgeline.llm import LLM
+from ridgeline.ops import Op, Ops
+from ridgeline.perf.limit import LimitCurve, OwnProduct, matrix_rate, measure_curve, read_rate
+from ridgeline.perf.machine_card import Curve, MachineCard, Plane, Sizes, shape_of
+from ridgeline.perf.price import Price
+from ridgeline.perf.roofline import Roofline
+from ridgeline.run.runner import Step
+from ridgeline.study.calibrate import around, fitted, quiet
+from ridgeline.study.step_bench import Shape, StepBench, versions
+from ridgeline.study.timing import Works, clocks, forget, on_cuda, on_host
+
+COLD = 4
+"""Calls in a row read this many times the last cache before one comes round again, if there are as many."""
+LONG_STEP_S = 5e-3
+WARM_STEPS = 2
+HIDDEN_S = 3e-4
+"""The host launches any op in less than this."""
+SURELY = 1.5
+"""Prompts whose ops take this many times what the host needs are the device's to pace."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model made up: its config.json, beside what all have."""
+
+    name: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Where a device is measured. tokens: of ops; batches, contexts: of decoding; chunks: new tokens of a prompt, and
+    over: all its keys as multiples of these. decodes, prompts: steps of the engine, (requests, context) and (new
+    tokens, before). rounds: of each row of calls. anchor_s: seconds of each of the two rates."""
+
+    models: tuple[Made, ...]
+    dtype: str
+    tokens: tuple[int, ...]
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    chunks: tuple[int, ...]
+    over: tuple[int, ...]
+    decodes: tuple[tuple[int, int], ...]
+    prompts: tuple[tuple[int, int], ...]
+    pool_bytes: int
+    rounds: int = 3
+    anchor_s: float = 5.0
+
+    @property
+    def longest(self) -> int:
+        return max(*self.contexts, *(one * times for one in self.chunks for times in self.over if one * times < 20000))
+
+
+def _llama(hidden: int, inner: int, heads: int, kv_heads: int, layers: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    }
+
+
+def _qwen3(*sizes: int) -> dict[str, Any]:
+    return {**_llama(*sizes), "architectures": ["Qwen3ForCausalLM"]}
+
+
+def _mixture(experts: int, top: int, inner: int, *sizes: int) -> dict[str, Any]:
+    return {
+        **_qwen3(*sizes),
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": experts,
+        "num_experts_per_tok": top,
+        "moe_intermediate_size": inner,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+CUDA = Points(
+    models=(
+        Made("narrow", _qwen3(768, 2048, 12, 6, 32, 120_000)),
+        Made("small", _qwen3(1536, 4608, 12, 4, 24, 100_000)),
+        Made("middle", _llama(3072, 9216, 24, 6, 16, 80_000)),
+        Made("wide", _llama(5120, 13_824, 40, 8, 8, 64_000)),
+        Made("experts", _mixture(96, 6, 640, 1536, 4096, 16, 4, 8, 100_000)),
+        Made("more-experts", _mixture(144, 9, 896, 2560, 4096, 20, 5, 4, 90_000)),
+    ),
+    dtype="bfloat16",
+    tokens=(1, 2, 4, 6, 12, 24, 48, 80, 96, 192, 320, 768, 1280, 3072, 6144, 10_240),
+    batches=(1, 2, 6, 24, 48, 96, 192, 320),
+    contexts=(16, 96, 384, 768, 1536, 6144, 12_288),
+    chunks=(12, 96, 192, 768, 1536, 6144, 10_240),
+    over=(1, 4, 64),
+    decodes=((1, 700), (2, 5000), (3, 300), (5, 2500), (14, 700), (20, 200), (40, 1800), (72, 450), (100, 1200),
+             (150, 100), (200, 700), (300, 400)),
+    prompts=((160, 0), (450, 0), (700, 300), (900, 0), (1800, 0), (2500, 2500), (4000, 0), (7000, 0), (9000, 0)),
+    pool_bytes=12 << 30,
+)  # fmt: skip
+CPU = Points(
+    models=(
+        Made("narrow", _qwen3(192, 512, 3, 1, 12, 3000)),
+        Made("small", _llama(320, 1024, 5, 1, 12, 5000)),
+        Made("middle", _llama(512, 1280, 8, 2, 8, 6000)),
+        Made("experts", _mixture(12, 3, 160, 256, 512, 4, 1, 4, 4000)),
+    ),
+    dtype="float32",
+    tokens=(1, 2, 4, 6, 12, 24, 48, 96, 192, 384, 512),
+    batches=(1, 2, 4, 12, 24, 48),
+    contexts=(16, 96, 384, 768, 1536),
+    chunks=(12, 48, 192, 384),
+    over=(1, 2, 4),
+    decodes=((1, 700), (3, 300), (5, 1100), (14, 200), (20, 600), (40, 300)),
+    prompts=((20, 0), (60, 40), (160, 0), (250, 500), (400, 0), (450, 900)),
+    pool_bytes=256 << 20,
+    anchor_s=1.0,
+)
+
+
+def points_of(device: torch.device) -> Points:
+    return CUDA if device.type == "cuda" else CPU
+
+
+def calibrate_machine(
+    device: torch.device,
+    points: Points | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    allow_busy: bool = False,
+    kernels: str = "auto",
+) -> MachineCard:
+    """Measure a device's card. Raises BusyMachine like `calibrate`.
+
+    progress(done, total) counts models.
+    """
+    points = points or points_of(device)
+    dtype = getattr(torch, points.dtype)
+    found = _Found()
+    curve: LimitCurve | None = None
+    read = flops = spread = 0.0
+    told: dict[str, Any] = {}
+    for number, made in enumerate(points.models):
+        began = time.perf_counter()
+        with _engine(made, points, device, kernels) as built:
+            bench = StepBench(built)
+            if curve is None:
+                before = clocks(bench.device)
+                curve = measure_curve(bench.device, dtype, _own(built))
+                read, flops = anchors(bench.device, dtype, points.anchor_s, _own(built))
+            _Rows(bench, points, Roofline(flops, flops, read), found).run()
+            _steps(bench, points, found, made.name)
+            spread = max(spread, bench.spread)
+            name = bench.device_name
+            bench.spread = spread
+            if number + 1 == len(points.models):
+                told = quiet(bench, before, allow_busy)
+        forget(device)
+        found.took[made.name] = round(time.perf_counter() - began, 1)
+        if progress is not None:
+            progress(number + 1, len(points.models))
+    assert curve is not None
+    card = MachineCard(
+        device=name,
+        dtype=points.dtype,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        read_bytes_per_s=read,
+        matrix_flops=flops,
+        reads=tuple((float(size), rate) for size, rate in curve.points),
+        ops={
+            op: tuple(Curve(sizes, tuple(sorted(at.items()))) for sizes, at in by.items())
+            for op, by in found.ops.items()
+        },
+        decode=tuple(found.decode),
+        prefill=tuple(found.prefill),
+        most_tokens=max(points.tokens),
+        most_requests=max(points.batches),
+        longest=points.longest,
+        versions=versions(),
+        clocks={**told, "seconds": found.took, "op by op": sorted(found.eager)},
+    )
+    return _anchored(card, found)
+
+
+def _curves(by: Mapping[Sizes, Mapping[float, float]]) -> tuple[Curve, ...]:
+    return tuple(Curve(sizes, tuple(sorted(at.items()))) for sizes, at in by.items())
+
+
+def anchors(
+    device: torch.device, dtype: torch.dtype, seconds: float, own: OwnProduct | None = None
+) -> tuple[float, float]:
+    """(bytes/s of reading, FLOP/s of a product), each kept up for so long: medians, for clocks that fall under load."""
+    rates: list[float] = []
+    data = torch.ones(_beyond_caches(device) // 4, dtype=torch.float32, device=device)
+    for measure in (lambda: read_rate(data), lambda: matrix_rate(device, dtype, own)):
+        found: list[float] = []
+        began = time.perf_counter()
+        while not found or time.perf_counter() - began < seconds:
+            found.append(measure())
+        rates.append(statistics.median(found))
+    return rates[0], rates[1]
+
+
+def own_product(built: Built) -> OwnProduct:
+    """The kernel that serves an engine's products, for `anchors`."""
+    return _own(built)
+
+
+def _own(built: Built) -> OwnProduct:
+    return OwnProduct(built.table.ops("prefill").linear, built.runner.model.head.weight.format == "panels")
+
+
+def _beyond_caches(device: torch.device) -> int:
+    return 2 << 30 if device.type == "cuda" else max(64 << 20, 4 * largest_cache_bytes())
+
+
+@contextmanager
+def _engine(made: Made, points: Points, device: torch.device, kernels: str) -> Iterator[Built]:
+    """An engine of a made-up model with random weights."""
+    with tempfile.TemporaryDirectory(prefix=f"ridgeline-{made.name}-") as folder:
+        config = {**made.config, "max_position_embeddings": points.longest, "torch_dtype": points.dtype}
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with LLM(
+            folder,
+            load_format="dummy",
+            dtype=points.dtype,
+            device=str(device),
+            kernels=kernels,
+            max_num_seqs=max(points.batches),
+            max_num_batched_tokens=max(points.tokens),
+            kv_cache_memory_bytes=points.pool_bytes,
+            enable_prefix_caching=False,
+            seed=0,
+        ) as llm:
+            fill(llm.built)
+            yield llm.built
+
+
+def fill(built: Built) -> None:
+    """Numbers as a model would have left them in an engine's pool: zeros would draw less power."""
+    for page in (*built.runner.pages.keys, *built.runner.pages.values):
+        page.normal_()
+
+
+@dataclass
+class _Found:
+    """What was measured so far. prices: of the made-up models. around: `calibrate.around` of each. took: seconds that
+    each model took. eager: ops that no graph would hold. hands_over: whether the device runs behind the host."""
+
+    ops: dict[str, dict[Sizes, dict[float, float]]] = field(default_factory=dict)
+    decode: list[Plane] = field(default_factory=list)
+    prefill: list[Plane] = field(default_factory=list)
+    steps: list[_Step] = field(default_factory=list)
+    prices: dict[str, Price] = field(default_factory=dict)
+    hands_over: bool = False
+    around: list[tuple[float, float, float, float]] = field(default_factory=list)
+    took: dict[str, float] = field(default_factory=dict)
+    eager: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step as the engine ran it. start_s: what the host needed to hand it over. calls: of ops."""
+
+    model: str
+    shape: Shape
+    seconds: float
+    start_s: float
+    calls: int
+
+    @property
+    def decodes(self) -> bool:
+        return all(new == 1 for new, _ in self.shape.spans)
+
+
+class _Calls:
+    """An observer that keeps every op call of a step."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Op, tuple[Any, ...], dict[str, Any]]] = []
+
+    def before(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls.append((op, args, kwargs))
+
+    def after(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None: ...
+
+
+class _Rows:
+    """Ops of one engine in rows of their like, into `found`."""
+
+    def __init__(self, bench: StepBench, points: Points, roofline: Roofline, found: _Found) -> None:
+        self.bench, self.points, self.roofline, self.found = bench, points, roofline, found
+        self.device = bench.device
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        cache = (
+            torch.cuda.get_device_properties(self.device).L2_cache_size
+            if self.device.type == "cuda"
+            else largest_cache_bytes()
+        )
+        self.cold_bytes = COLD * cache
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        gc.collect()
+        gc.freeze()  # capturing a graph collects garbage, and would go through the engine each time
+        try:
+            self.measure()
+        finally:
+            gc.unfreeze()
+
+    def measure(self) -> None:
+        bench, points = self.bench, self.points
+        for tokens in points.tokens:
+            shape = Shape(((1, 16),) * tokens) if tokens <= bench.most_requests else Shape(bench.cut(tokens))
+            for (name, sizes, along), calls in self.alike(shape).items():
+                if name in ("feed", "attention"):
+                    continue
+                table = self.found.ops.setdefault(name, {}).setdefault(sizes, {})
+                if along not in table:
+                    table[along] = self.slowdown(calls)
+        spec = bench.built.spec
+        sizes = (float(spec.heads), float(spec.kv_heads), float(spec.head_dim))
+        self.found.decode.append(
+            self.plane(sizes, points.batches, points.contexts, lambda n, context: ((1, context),) * n)
+        )
+        self.found.prefill.append(
+            self.plane(sizes, points.chunks, points.over, lambda new, times: ((new, new * times),))
+        )
+
+    def plane(
+        self,
+        sizes: Sizes,
+        rows: Sequence[int],
+        columns: Sequence[int],
+        spans: Callable[[int, int], tuple[tuple[int, int], ...]],
+    ) -> Plane:
+        """Attention at every row and column; what is too long for the pool or the context goes on level."""
+        values = []
+        for row in rows:
+            line: list[float] = []
+            for column in columns:
+                shape = Shape(spans(row, column))
+                longest = max(visible for _, visible in shape.spans)
+                if longest <= self.bench.longest and self.bench.fits(1, longest):
+                    calls = self.alike(shape)
+                    line.append(self.slowdown(next(one for (name, _, _), one in calls.items() if name == "attention")))
+                else:
+                    line.append(line[-1])
+            values.append(tuple(line))
+        return Plane(sizes, tuple(map(float, rows)), tuple(map(float, columns)), tuple(values))
+
+    def alike(self, shape: Shape) -> dict[tuple[str, Sizes, float], list[tuple[Op, Any, Any, Any]]]:
+        """The calls of a step's ops, by op and sizes: (op, its kernel, args, kwargs)."""
+        plan = self.bench.plan(shape)
+        ops, seen = self.bench.built.table.ops(plan.kind), _Calls()
+        self.bench.built.runner.run(plan, ops.observed(seen))
+        found: dict[tuple[str, Sizes, float], list[tuple[Op, Any, Any, Any]]] = {}
+        for op, args, kwargs in seen.calls:
+            along, sizes = shape_of(op.name, args, kwargs) if op.name not in ("attention", "feed") else (0.0, ())
+            found.setdefault((op.name, sizes, along), []).append((op, getattr(ops, op.name), args, kwargs))
+        return found
+
+    def slowdown(self, calls: Sequence[tuple[Op, Any, Any, Any]]) -> float:
+        """Times its floor that a call takes, in a row of its like."""
+        op, _, args, kwargs = calls[0]
+        cost = op.floor(*args, **kwargs)
+        enough = calls[: max(1, int(self.cold_bytes // max(cost.read_bytes, 1)) + 1)]
+        works = Works([_bound(kernel, args, kwargs) for _, kernel, args, kwargs in enough])
+        floor_s = self.roofline.seconds(cost)
+        return self.seconds(op.name, works, floor_s) / floor_s
+
+    def seconds(self, name: str, works: Works, floor_s: float) -> float:
+        """Of one call: captured, unless it takes so long that launching hides behind it."""
+        if self.device.type != "cuda":
+            stretch = on_host(works, least_s=1e-3)
+        else:
+            captured = floor_s < HIDDEN_S and name not in self.found.eager
+            try:
+                stretch = on_cuda(works, len(works.calls), captured, self.pool)
+            except RuntimeError:
+                if not captured:
+                    raise
+                torch.cuda.synchronize(self.device)
+                self.found.eager.add(name)  # the card says so
+                stretch = on_cuda(works, len(works.calls), False)
+        times = sorted(stretch.run() for _ in range(self.points.rounds))
+        if len(times) > 2 and statistics.median(times) * stretch.calls > LONG_STEP_S:
+            self.bench.spread = max(self.bench.spread, times[(3 * len(times)) // 4] / statistics.median(times))
+        return statistics.median(times)
+
+
+def _bound(kernel: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], Any]:
+    return lambda: kernel(*args, **kwargs)
+
+
+def _steps(bench: StepBench, points: Points, found: _Found, name: str) -> None:
+    """Steps as the engine runs them, and what lies around them."""
+    seen = _Calls()
+    bench.built.price.trace(Spans((1,), (1,)), 1, True, Ops({}, seen))
+    calls = len(seen.calls)
+    found.prices[name] = bench.built.price
+    found.hands_over = bench.device.type == "cuda"
+    shapes = [Shape(((1, context),) * count) for count, context in points.decodes]
+    shapes += [Shape(((new, new + before),)) for new, before in points.prompts]
+    for shape in shapes:
+        if shape.tokens <= bench.most_tokens and max(visible for _, visible in shape.spans) <= bench.longest:
+            seconds, start_s = step_seconds(bench, shape)
+            found.steps.append(_Step(name, shape, seconds, start_s, calls))
+    found.around.append(around(bench.built))
+
+
+def step_seconds(bench: StepBench, shape: Shape, repeats: int = 7) -> tuple[float, float]:
+    """(seconds on the device, of the host to start it) of a step, as the engine runs it: medians.
+
+    Where the engine overlaps steps, the next one is started before the results of this one are read.
+    """
+    device_s, start_s = [], []
+    runner, overlap = bench.built.runner, bench.built.engine.overlap
+    flights: list[Step] = []
+    for plan in [bench.plan(shape) for _ in range(repeats + WARM_STEPS)]:
+        began = time.perf_counter()
+        flights.append(runner.start(plan))
+        start_s.append(time.perf_counter() - began)
+        if len(flights) > overlap:
+            device_s.append(flights.pop(0).result().device_s)
+    device_s += [one.result().device_s for one in flights]
+    return statistics.median(device_s[WARM_STEPS:]), statistics.median(start_s[WARM_STEPS:])
+
+
+def _anchored(card: MachineCard, found: _Found) -> MachineCard:
+    """The card with what steps add to ops: every other one to fit, the rest to judge."""
+    decodes, prompts = ([one for one in found.steps if one.decodes is kind] for kind in (True, False))
+    fit, bare = decodes[::2], _Said(card, found)
+    counts = [float(len(one.shape.spans)) for one in fit]
+    step_s, request_s, decode_scale = fitted(
+        [[1.0] * len(fit), counts, [bare.seconds(one) for one in fit]], [one.seconds for one in fit]
+    )
+    start_s = call_s = 0.0
+    if found.hands_over:
+        start_s, call_s = fitted(
+            [[1.0] * len(prompts), [float(one.calls) for one in prompts]], [one.start_s for one in prompts]
+        )
+    shares = [
+        (one.seconds - step_s) / bare.seconds(one)
+        for one in prompts[::2]
+        if bare.seconds(one) > SURELY * (start_s + call_s * one.calls)
+    ]
+    host = [statistics.median(one[place] for one in found.around) for place in range(4)]
+    card = replace(
+        card,
+        step_s=step_s,
+        request_s=request_s,
+        decode_scale=decode_scale,
+        prefill_scale=statistics.median(shares) if shares else decode_scale,
+        start_s=start_s,
+        call_s=call_s,
+        host_step_s=host[0],
+        host_request_s=host[1],
+        loop_step_s=host[2],
+        loop_request_s=host[3],
+    )
+    said = _Said(card, found)
+    errors = sorted(abs(said.seconds(one) / one.seconds - 1) for one in (*decodes[1::2], *prompts[1::2]))
+    return replace(card, residual=errors[int(0.95 * (len(errors) - 1))])
+
+
+class _Said:
+    """What a card says of steps of the made-up models."""
+
+    def __init__(self, card: MachineCard, found: _Found) -> None:
+        self._cards = {name: card.card(price, name) for name, price in found.prices.items()}
+
+    def seconds(self, step: _Step) -> float:
+        return self._cards[step.model].device_s(step.shape.as_spans(), len(step.shape.spans))
