@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ridgeline import LLM
 from ridgeline.core.errors import KernelRefused
 from ridgeline.core.request import SamplingParams
-from ridgeline.core.step import Chunk, Sampling, StepPlan, StepResult
+from ridgeline.core.step import Chunk, Sampling, StepPlan, StepRecord, StepResult
 from ridgeline.core.tree import ROOT, Sketch, TokenTree
 from ridgeline.kernels.select import CLASSES_OF_WORK, Table, load_kernels
 from ridgeline.kv.layout import KVLayout
@@ -41,8 +44,8 @@ def kernels(attention: str) -> Ops:
     load_kernels("cuda")
     found = {}
     for name, op in REGISTRY.items():
-        kernel = op.kernels.get(attention) if name == "attention" else op.kernels.get("triton") or op.kernels["torch"]
-        assert kernel is not None
+        wanted = attention if name == "attention" else "torch" if name == "embed" else "triton"
+        kernel = op.kernels.get(wanted) or op.kernels["torch"]
         found[name] = kernel.call
     return Ops(found)
 
@@ -211,3 +214,38 @@ def test_what_waits_for_the_device_is_refused_by_name(made: tuple[Decoder, Pages
     with pytest.raises(KernelRefused, match="enforce_eager"):
         passes.capture()
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize(
+    "speculation",
+    [
+        {"method": "draft_model", "num_speculative_tokens": 3},
+        {"method": "tree", "tree": [3, 2]},
+        {"method": "tree", "tree": [6, 1]},  # more children than a captured pass proposes
+    ],
+    ids=["chain", "tree", "wide"],
+)
+def test_an_engine_with_trees(tiny: Path, speculation: dict[str, Any]) -> None:
+    """The model as its own drafter, in fp32: the same tokens with trees in graphs, op by op, and without trees."""
+    common: dict[str, Any] = {"device": "cuda", "dtype": "float32", "block_size": BLOCK, "max_num_seqs": 8, "seed": 5}
+    common["kv_cache_memory_bytes"] = 8 << 20
+    trees = {"speculative_config": {**speculation, "model": str(tiny)}}
+    params = [SamplingParams(temperature=heat, max_tokens=24, ignore_eos=True, seed=4) for heat in (0.0, 1.0, 0.0)]
+    params.append(SamplingParams(temperature=0.8, top_p=0.9, max_tokens=24, ignore_eos=True, seed=9))
+    prompts = ["hello world", "the quick brown fox", "a", "jumps over the lazy dog"]
+    told, ledgers = [], []
+    for settings in (trees, {**trees, "enforce_eager": True}, {}):
+        records: list[StepRecord] = []
+        with LLM(tiny, **common, **settings) as llm:
+            llm.built.engine.listeners.append(records.append)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            told.append([output.outputs[0].token_ids for output in outputs])
+            ledgers.append(llm.built.ledger.graph_bytes)
+            steps = [record for record in records if record.kind == "tree"]
+            assert bool(steps) == ("speculative_config" in settings)
+            if settings is trees:
+                assert llm.built.runner.passes is not None
+                assert any(record.padding for record in steps)
+                assert sum(record.accepted for record in steps) > len(steps)
+    assert told[0] == told[1] == told[2]
+    assert ledgers[0] > ledgers[2] > ledgers[1] == 0

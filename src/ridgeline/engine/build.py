@@ -124,8 +124,8 @@ def build(
     """Locate, parse, choose kernels, load, size the KV pool, assemble, run each class of work once, capture.
 
     progress(done, total) counts the checkpoint's tensors; compiling(name) hears of each CPU kernel that
-    is compiled because this machine has not run it before; capturing(done, total) counts sizes of decode
-    steps captured as CUDA graphs. Raises the errors of core.errors.
+    is compiled because this machine has not run it before; capturing(done, total) counts sizes of steps and passes
+    captured as CUDA graphs. Raises the errors of core.errors.
     """
     directory = locate(config.model, config.revision)
     spec = parse_config(read_config(directory), str(directory))
@@ -168,15 +168,13 @@ def build(
                 for plan, drafter, draft_layout in zip(plans, drafters, draft_layouts)
             ]
     if not resolved.enforce_eager:
-        graphs = _decode_graphs(resolved, model, pages, table)
-        graphs.capture(capturing)
-        runner.graphs = graphs
+        runner.graphs = _decode_graphs(resolved, model, pages, table)
         if speculation is not None:
             runner.passes = _pass_graphs(resolved, model, pages, table)
-            runner.passes.capture(capturing)
             for one in models:
                 one.graphs = _pass_graphs(resolved, one.model, one.pages, one.table, children=WIDTH)
-                one.graphs.capture(capturing)
+        drafts = [one.graphs for one in models if one.graphs is not None]
+        _capture([runner.graphs, *([] if runner.passes is None else [runner.passes]), *drafts], capturing)
     if speculation is not None:
         with _watched(table, compiling):
             speculator = _speculator(speculation, models, runner, resolved)
@@ -388,6 +386,14 @@ def _pass_graphs(
         -(-resolved.max_model_len // resolved.block_size),
         children,
     )
+
+
+def _capture(several: Sequence[DecodeGraphs | PassGraphs], capturing: Callable[[int, int], None] | None) -> None:
+    """One after the other, counted together."""
+    total, before = sum(len(one.sizes) for one in several), 0
+    for one in several:
+        one.capture(None if capturing is None else lambda done, _, before=before: capturing(before + done, total))  # type: ignore[misc]
+        before += len(one.sizes)
 
 
 def _spare_page_faults(pages: Pages) -> None:

@@ -129,7 +129,8 @@ def test_tree_steps_agree_with_the_references(config: dict[str, object]) -> None
     spec = parse_config(config)
     model = build_model(spec, torch.device("cpu"), torch.float32, 128)
     model.store.fill_random(1)
-    triton, padded, theirs = (runner(model, ops) for ops in (Ops(chosen("call")), Ops(chosen("call")), Ops({})))
+    ours = Ops(chosen("call", model.position_embedding is not None))
+    triton, padded, theirs = (runner(model, ops) for ops in (ours, ours, Ops({})))
     size = PassSize(12, 3)
     padded.passes = PassGraphs(model, padded.pages, padded.table.ops("tree"), padded.device, BLOCK, [size], 3)
     for one in (triton, padded, theirs):
