@@ -50,16 +50,21 @@ DRAFTING, VERIFYING = 1, 2
 """Stages of a round's own random numbers. The noise that chooses tokens is another."""
 
 
+Cut = dict[tuple[int, int], int]
+
+
 @dataclass(slots=True)
 class _Drafted:
     """A tree under way: each node's rank, its drafter's probability, and which drafter it came from. draws: how its
-    children were drawn, if they were."""
+    children were drawn, if they were. cut: if anyone listens, (node or ROOT, token proposed behind it and left out of
+    the tree) -> the token's rank."""
 
     tree: TokenTree
     ranks: list[int]
     chances: list[float]
     sources: list[int]
     draws: Draws | None = None
+    cut: Cut = field(default_factory=dict)
 
 
 class _Drawn:
@@ -94,7 +99,9 @@ class Round:
     ranks, chances, sources: of each node, its rank among its siblings when it was proposed, its drafter's
     probability, and the drafter's number. accepted: nodes of the path, top down; tokens: what they and the target
     chose, one more than accepted. sizes: what the sizer chose for the step, with its reasons. draft_s, step_s:
-    seconds of drafting and of the step, for all its requests together; requests: how many had a tree.
+    seconds of drafting and of the step, for all its requests together; requests: how many had a tree. before: known
+    tokens of the request, the last of which is the root. cut: (node or ROOT, token proposed behind it and left out
+    of the tree) -> the token's rank.
     """
 
     request_id: str
@@ -108,6 +115,8 @@ class Round:
     draft_s: float
     step_s: float
     requests: int
+    before: int
+    cut: Mapping[tuple[int, int], int]
 
 
 @dataclass(slots=True)
@@ -148,7 +157,7 @@ class Speculator:
         self.most_rows = most_rows
         self.acceptance = Acceptance()
         self.sizes: Sizes | None = None
-        """What the sizer chose last, with its reasons."""
+        """What the sizer chose for the last step, with its reasons; None if no request could have a tree."""
         self.tally = Tally()
         self.listeners: list[Callable[[Round], None]] = []
         """Each hears of every verified tree."""
@@ -192,6 +201,7 @@ class Speculator:
         """
         began = self._clock()
         self._drafted = {}
+        self.sizes = None
         candidates = []
         for request, new in chosen:
             if new == 1 and not request.unread and request.planned == len(request.tokens) - 1 >= request.prompt_len:
@@ -298,7 +308,7 @@ class Speculator:
             if len(found) == 1:
                 self._drafted[request.request_id] = found[0]
             elif found:
-                self._drafted[request.request_id] = _union(found, nodes)
+                self._drafted[request.request_id] = _union(found, nodes, bool(self.listeners))
 
     def _looked_up(self, request: Request, depth: int, nodes: int) -> _Drafted | None:
         """What followed the last tokens before."""
@@ -306,7 +316,7 @@ class Speculator:
         sketch = index.draft(request.tokens, min(depth, NGRAM_DEPTH))
         rank = RANKS - 1 if self.models else 0  # counted apart from what models propose
         noted = dict.fromkeys(range(len(sketch)), (rank, 0.5, len(self.models)))
-        return _arranged(sketch, sketch.best(nodes), noted)
+        return _arranged(sketch, sketch.best(nodes), noted, bool(self.listeners))
 
     def _by_model(
         self,
@@ -360,7 +370,7 @@ class Speculator:
             kept = sketch.best(nodes)
             if self.sized:
                 kept = [node for node in kept if sketch.scores[node] >= sizes.least_chance]
-            result.append(_arranged(sketch, kept, noted))
+            result.append(_arranged(sketch, kept, noted, bool(self.listeners)))
         return result
 
     def _topology(self, nodes: int, depth: int) -> dict[Path, int]:
@@ -424,6 +434,7 @@ class Speculator:
             ours, other = (self.seconds, self.plain_seconds) if trees else (self.plain_seconds, self.seconds)
             other.drift(ours.learn(plan.num_tokens, step_s))
         self.tally.steps += 1
+        known = {chunk.request_id: chunk.start + len(chunk.token_ids) for chunk in plan.chunks if self.listeners}
         for request_id, drafted in self._drafted.items():
             accepted = result.accepted.get(request_id)
             if accepted is None:
@@ -437,9 +448,9 @@ class Speculator:
                 count[0] += 1
                 count[1] += node in nodes
             if self.listeners:
-                self._tell(request_id, drafted, accepted, step_s)
+                self._tell(request_id, drafted, accepted, step_s, known[request_id])
 
-    def _tell(self, request_id: str, drafted: _Drafted, accepted: Accepted, step_s: float) -> None:
+    def _tell(self, request_id: str, drafted: _Drafted, accepted: Accepted, step_s: float, before: int) -> None:
         assert self.sizes is not None
         told = Round(
             request_id,
@@ -453,6 +464,8 @@ class Speculator:
             self.last_draft_s,
             step_s,
             len(self._drafted),
+            before,
+            drafted.cut,
         )
         for listener in self.listeners:
             listener(told)
@@ -464,20 +477,37 @@ class Speculator:
             model.forget(request_id)
 
 
-def _arranged(sketch: Sketch, kept: Sequence[int], noted: Mapping[int, tuple[int, float, int]]) -> _Drafted | None:
+def _arranged(
+    sketch: Sketch, kept: Sequence[int], noted: Mapping[int, tuple[int, float, int]], explained: bool = False
+) -> _Drafted | None:
+    """Nodes as a tree; if it will be explained, with what was left out."""
     if not kept:
         return None
     tree, order = sketch.tree(kept)
     notes = [noted[node] for node in order]
-    return _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    drafted = _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    if explained:
+        place = {ROOT: ROOT, **{node: at for at, node in enumerate(order)}}
+        for node, parent in enumerate(sketch.parents):
+            if node not in place and parent in place:
+                drafted.cut[place[parent], sketch.tokens[node]] = noted[node][0]
+    return drafted
 
 
-def _union(drafts: Sequence[_Drafted], nodes: int) -> _Drafted:
+def _union(drafts: Sequence[_Drafted], nodes: int, explained: bool = False) -> _Drafted:
     """Trees of several drafters merged by path; a node keeps the notes of the first that proposed it."""
     known: dict[tuple[int, ...], tuple[int, float, int]] = {}
     for one in drafts:
         for node in range(len(one.tree)):
             known.setdefault(tuple(one.tree.path_tokens(node)), (one.ranks[node], one.chances[node], one.sources[node]))
     tree = merged(one.tree for one in drafts).within(nodes, MOST_NODES)
-    notes = [known[tuple(tree.path_tokens(node))] for node in range(len(tree))]
-    return _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    place = {(): ROOT, **{tuple(tree.path_tokens(node)): node for node in range(len(tree))}}
+    notes = [known[path] for path in place if path]
+    drafted = _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    for one in drafts if explained else ():
+        left = [((*one.tree.path_tokens(parent), token), rank) for (parent, token), rank in one.cut.items()]
+        left += [(tuple(one.tree.path_tokens(node)), rank) for node, rank in enumerate(one.ranks)]
+        for path, rank in left:
+            if path not in place and path[:-1] in place:
+                drafted.cut.setdefault((place[path[:-1]], path[-1]), rank)
+    return drafted

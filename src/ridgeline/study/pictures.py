@@ -46,11 +46,11 @@ OP_COLOURS = {
     "sample": "#D55E00",
     "embed": "#8C6D31",
 }
-SPARE_COLOURS = ("#F0E442", "#7B68EE", "#A52A2A", "#20B2AA", "#708090")
-OTHER_OPS, GAPS, HOST = "all other ops", "gaps", "host"
-PART_COLOURS = {OTHER_OPS: "#BFDDF0", GAPS: "#D9D9D9", HOST: "#8A8A8A"}
+SPARE_COLOURS = ("#F0E442", "#A52A2A", "#20B2AA", "#708090")
+OTHER_OPS, GAPS, HOST, DRAFTING = "all other ops", "gaps", "host", "drafting"
+PART_COLOURS = {OTHER_OPS: "#BFDDF0", GAPS: "#D9D9D9", HOST: "#8A8A8A", DRAFTING: "#7B68EE"}
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = {"prefill": "o", "decode": "^", "mixed": "s"}
+MARKERS = {"prefill": "o", "decode": "^", "mixed": "s", "tree": "D"}
 LEAST_AREA, MOST_AREA = 16.0, 480.0
 FAR = 12
 """Times further apart than this are drawn on a logarithmic axis."""
@@ -543,7 +543,8 @@ def _bars(step: Explained) -> list[tuple[str, Parts]]:
         ]
         rows.append(("card", [(name, max(seconds, 0.0)) for name, seconds in parts]))
     measured = [(one.op, one.measured_s * scale) for one in ops]
-    rows.append(("measured", [*measured, (GAPS, step.gaps_s), (HOST, step.host_s)]))
+    around = [(GAPS, step.gaps_s), (HOST, step.host_s), (DRAFTING, step.draft_s)]
+    rows.append(("measured", [*measured, *(part for part in around if part[1] or part[0] != DRAFTING)]))
     return rows
 
 
