@@ -191,7 +191,7 @@ def at_temperature(record: Record, llm: LLM, prompts: Sequence[str], temperature
     """Every batch, and the curves."""
     options = record.options
     arms: tuple[Arm, ...] = ADVERSARY if options.adversary else merging(bool(options.second)) if options.merge else ()
-    sides = Sides(llm, arms or list(dict.fromkeys((*ALONE, *BESIDE))))
+    sides = Sides(llm, arms or [*ALONE, *(arm for arm in BESIDE if arm not in ALONE)])
     speedups: dict[str, dict[int, Any]] = {}
     for batch in options.batches:
         chosen = list(prompts[: options.prompts_count]) if batch == 1 else cycled(prompts, batch)

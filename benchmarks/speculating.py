@@ -200,7 +200,6 @@ class Sides:
         engine = self.llm.built.engine
         assert not engine.has_work
         engine.speculator = self.speculators[arm.name]
-        engine.overlap = engine.speculator is None and self.llm.built.config.device.startswith("cuda")
 
     def run(self, arm: Arm, prompts: Sequence[str], params: SamplingParams, tokens: int, listen: bool = False) -> Run:
         """Decode until every request has `tokens` of output. The clock starts when all prompts are computed and stops
@@ -231,8 +230,8 @@ class Sides:
             engine.abort(request.request_id)
         if speculator is not None:
             speculator.listeners.clear()
-        under_way = int(engine.overlap)  # of its steps, one is dispatched and not read
-        assert len(records) <= passes <= len(records) + under_way, "a step is one pass of the target"
+        # With overlap, one step is read that was dispatched before, or the other way round.
+        assert abs(len(records) - passes) <= int(engine.overlap), "a step is one pass of the target"
         return Run(
             [request.tokens[request.prompt_len :] for request in requests],
             sum(after) - sum(before),

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu_speculation, gpu_tree_shapes, speculation_cpu
 from benchmarks.models import TINY_SHAPE, random_checkpoint
 from benchmarks.speculating import NONE, Arm, Counts, bound, cycled, human_eval, loops
+from benchmarks.widen import open_original
 from ridgeline.core.tree import TokenTree
 
 Bench = Callable[..., dict[str, Any]]
@@ -72,13 +74,27 @@ def test_gpu_speculation_on_a_cpu(bench: Bench, tmp_path: Path) -> None:
     assert (tmp_path / "gpu-speculation-t0.8.png").is_file()
 
 
-def test_an_adversary_changes_nothing_and_is_turned_off(bench: Bench) -> None:
+def test_an_adversary_changes_nothing(bench: Bench) -> None:
     on_cpu = ("--device", "cpu", "--kernels", "reference", "--dtype", "float32")
     result = bench(gpu_speculation, *on_cpu, "--adversary", "--name", "adversary")
     arms = result["summary"]["batch 1, temperature 0"]["arms"]
+    assert set(arms) == {arm.name for arm in gpu_speculation.ADVERSARY}
     assert all(one["same_outputs"] == 1.0 for one in arms.values())
-    assert arms["chain of 4"]["accepted_share"] < 0.3
     assert any(note.startswith("batch 3, temperature 0, adversarial drafter") for note in result["notes"])
+
+
+@pytest.mark.parametrize("adversary", [False, True])
+def test_an_adversary_has_weights_of_the_same_size(tiny: Path, adversary: bool) -> None:
+    config, read = open_original(tiny)
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+    places = {name: torch.zeros(read(name).shape) for name in names}
+    model: Any = SimpleNamespace(device="cpu", model=SimpleNamespace(store=SimpleNamespace(places=places)))
+    gpu_speculation.fill_drafter(model, tiny, adversary)
+    for name, place in places.items():
+        original = read(name).float()
+        assert torch.equal(place, original) == (not adversary or name.endswith("norm.weight"))
+        assert place.std() == pytest.approx(original.std(), rel=0.1)
+    assert config["vocab_size"] == 256
 
 
 def test_merged_drafters_have_as_many_nodes_as_one(bench: Bench, tiny: Path) -> None:

@@ -746,7 +746,7 @@ def speculation(
     from matplotlib.lines import Line2D
 
     figure, (left, right) = _figure(4.4, 1, 2)
-    names = [*speedups, *(name for name in reached if name not in speedups)]
+    names = [*speedups, *(name for name, shares in reached.items() if shares and name not in speedups)]
     colours = dict(zip(names, LINE_COLOURS * (1 + len(names) // len(LINE_COLOURS))))
     for name, curve in speedups.items():
         batches = sorted(curve)
@@ -758,6 +758,8 @@ def speculation(
     left.set_xscale("log", base=2)
     _words(left, "Speed over that of no speculation", "requests decoding", "times")
     for name, shares in reached.items():
+        if not shares:  # it has drafted nothing
+            continue
         depths = range(1, len(shares) + 1)
         right.plot(depths, shares, color=colours[name], marker="o", markersize=4, linewidth=1.4)
         _note(right, f"{1 + sum(shares):.2f} tokens a step", (1, shares[0]), (6, 2), color=colours[name])
