@@ -61,7 +61,7 @@ def arguments() -> argparse.ArgumentParser:
     result = parser(__doc__ or "")
     result.set_defaults(threads=1)
     result.add_argument("--seconds", type=float, default=600.0, help="how long requests are sent")
-    result.add_argument("--rate", type=float, default=12.0, help="requests a second")
+    result.add_argument("--rate", type=float, default=4.0, help="requests a second")
     result.add_argument("--cancels", type=float, default=0.20, help="share of requests that hang up")
     result.add_argument("--malformed", type=float, default=0.01, help="share of requests that are malformed")
     result.add_argument("--kill-every", type=float, default=120.0, help="seconds between kills of the engine")
@@ -95,7 +95,10 @@ def measure(options: argparse.Namespace) -> Record:
         "cancels": options.cancels, "malformed": options.malformed, "kill_every_s": options.kill_every,
     }  # fmt: skip
     # A pool that is soon touched as a whole: what grows afterwards is a leak, not the first use of a page.
-    limits: tuple[str, ...] = ("--max-num-seqs", "32", "--kv-cache-memory-bytes", "64000000", "--max-model-len", "1024")
+    # A queue that is short enough for patience: who finds no place is told so at once.
+    limits: tuple[str, ...] = (
+        "--max-num-seqs", "16", "--max-queued", "16", "--kv-cache-memory-bytes", "64000000", "--max-model-len", "1024",
+    )  # fmt: skip
     kills = int(options.seconds / options.kill_every)
     if kills > 4:  # more than a server puts up with in ten minutes unless told to
         limits += ("--set", f"max_restarts={kills + 1}")
@@ -138,7 +141,8 @@ async def run(soak: Soak) -> None:
     options, draw = soak.options, random.Random(f"soak {soak.options.seed}")
     jobs = azure_jobs(200, 6)
     async with Client(Address.of(soak.server.url)) as client:
-        watching = [asyncio.create_task(watch(soak)), asyncio.create_task(killing(soak))]
+        over = asyncio.Event()
+        watching, killer = asyncio.create_task(watch(soak)), asyncio.create_task(killing(soak, over))
         running: set[asyncio.Task[None]] = set()
         begin, at = time.perf_counter(), 0.0
         while at < options.seconds:
@@ -150,12 +154,13 @@ async def run(soak: Soak) -> None:
             running.add(task)
             task.add_done_callback(running.discard)
             at += draw.expovariate(options.rate)
+        over.set()
         while running:
             await asyncio.wait(running)
-        for task in watching:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await killer
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
 
 
 async def one(soak: Soak, client: Client, draw: random.Random, prompt: int, output: int) -> None:
@@ -258,10 +263,12 @@ def explained(status: int, body: bytes) -> tuple[str, str]:
     return known.get((status, code), f"status {status}"), f"{code}"
 
 
-async def killing(soak: Soak) -> None:
-    """Kill the engine every so often; how long the server takes to be ready again."""
+async def killing(soak: Soak, over: asyncio.Event) -> None:
+    """Kill the engine every so often until it is over; how long the server takes to be ready again."""
     while True:
-        await asyncio.sleep(soak.options.kill_every)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), soak.options.kill_every)
+            return
         pid = (await asyncio.to_thread(soak.server.get, "/server_info"))["engine_pid"]
         begin = time.perf_counter()
         os.kill(pid, signal.SIGKILL)

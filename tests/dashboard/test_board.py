@@ -73,11 +73,25 @@ def test_curves_keep_what_an_idle_engine_holds_and_nothing_else() -> None:
     assert series["running"] == [0, 0, 4, 4, 4, 4]
     assert series["waiting"] == [0, 0, 1, 1, 1, 1]
     assert series["kv_usage"] == [0, 0, *[0.125] * 4]
+    assert series["prefix_hits"] == [None] * 6
     clock.now_s = 1000.0
     series = plain(board)["series"]
     assert [len(series[name]) for name in ("output_tokens", "running", "kv_usage")] == [HISTORY_S] * 3
     assert set(series["output_tokens"]) == {0}
     assert set(series["running"]) == {4}
+
+
+def test_prefix_hits_second_by_second() -> None:
+    clock = Time()
+    board = Board(FACTS, clock)
+    board.step(STEP)
+    clock.now_s = 2.0
+    board.finished("stop", prompt_tokens=300, cached_tokens=256)
+    board.finished("stop", prompt_tokens=100)
+    clock.now_s = 4.0
+    series = plain(board)["series"]
+    assert series["prefix_hits"] == [None, None, 0.64, None]
+    assert series["running"] == [4, 4, 4, 4]
 
 
 def test_the_server_knows_better_who_is_in_flight() -> None:

@@ -30,6 +30,15 @@ def keyed() -> Iterator[Served]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def drafting() -> Iterator[Served]:
+    config = '{"method": "tree", "num_speculative_tokens": 8}'
+    with served(
+        "--max-num-seqs", "4", "--kv-cache-memory-bytes", "100000000", "--speculative-config", config
+    ) as running:
+        yield running
+
+
 def snapshot(server: Served) -> dict[str, Any]:
     found: dict[str, Any] = server.client.get("/dashboard").json()
     return found
@@ -132,3 +141,43 @@ def test_in_chromium(keyed: Served, size: tuple[int, int]) -> None:
             page.screenshot(path=Path(folder) / f"live-{size[0]}.png", full_page=True)
         browser.close()
     assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_drafts_of_a_real_engine(drafting: Served) -> None:
+    assert snapshot(drafting)["speculation"] is None
+    body = {
+        "model": "ridgeline",
+        "prompt": "class Stack:\n    def __init__(self):\n",
+        "max_tokens": 60,
+        "temperature": 0,
+    }
+    assert drafting.post("/v1/completions", {**body, "ignore_eos": True}).status_code == 200
+    after = snapshot(drafting)
+    found = after["speculation"]
+    assert after["totals"]["output_tokens"] == 60
+    assert 0 < found["accepted"] < found["drafted"] <= 8 * found["steps"]
+    assert 1 < found["tokens_per_step"] <= 9
+    assert 60 / found["tokens_per_step"] <= found["steps"] + 2
+    assert 0 < found["draft_share"] < 1
+    assert found["by_depth"] == sorted(found["by_depth"], reverse=True)
+    told = drafting.client.get("/metrics").text
+    for name, value in (("num_draft_tokens", "drafted"), ("num_accepted_tokens", "accepted"), ("num_drafts", "steps")):
+        assert f'vllm:spec_decode_{name}_total{{engine="0",model_name="ridgeline"}} {found[value]:.1f}' in told
+    assert 'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="ridgeline",position="0"}' in told
+    tree = found["tree"]
+    assert len(tree["words"]) == len(tree["parents"]) <= 8
+    assert all(tree["parents"][node] in (-1, *tree["accepted"]) for node in tree["accepted"])
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.set_default_timeout(20_000)
+        page.goto(drafting.url)
+        page.get_by_role("heading", name="Speculation").wait_for()
+        drawn = page.get_by_role("img", name=f"A tree of {len(tree['words'])} drafted tokens")
+        assert drawn.locator("rect").count() == len(tree["words"]) + 1
+        if folder := os.environ.get("PAGE_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / "drafting.png", full_page=True)
+        browser.close()

@@ -174,7 +174,8 @@ class _Drafts:
 
 @dataclass(slots=True)
 class _Second:
-    """Sums over one second; running, waiting and used blocks as its last step left them."""
+    """Sums over one second; running, waiting and used blocks as its last step left them. asked: prompt tokens of
+    requests that ended; hits: those of them that were in the prefix cache."""
 
     number: int
     steps: int = 0
@@ -184,6 +185,8 @@ class _Second:
     running: int = 0
     waiting: int = 0
     used_blocks: int = 0
+    asked: int = 0
+    hits: int = 0
     work: dict[str, _Work] = field(default_factory=dict)
     drafts: _Drafts = field(default_factory=_Drafts)
 
@@ -252,13 +255,17 @@ class Board:
         self._ended[reason] += 1
         if prompt_tokens:
             self._prefixes.append((now, prompt_tokens, cached_tokens))
+            second = self._second(now)
+            second.asked += prompt_tokens
+            second.hits += cached_tokens
         if tpot_s is not None:
             self._tpot.add(now, tpot_s)
 
     def _second(self, now: float) -> _Second:
         number = int(now - self._start_s)
-        if not self._seconds or self._seconds[-1].number != number:
-            self._seconds.append(_Second(number))
+        last = self._seconds[-1] if self._seconds else _Second(-1)
+        if last.number != number:
+            self._seconds.append(_held(last, number))
         return self._seconds[-1]
 
     @staticmethod
@@ -326,19 +333,21 @@ class Board:
         }
 
     def _series(self, at: float) -> dict[str, Any]:
-        """One value a whole second, the oldest first; requests and blocks keep their value through idle seconds."""
+        """One value a whole second, the oldest first; requests and blocks keep their value through idle seconds,
+        prefix hits have none where no request ended."""
         end = int(at - self._start_s)
         begin = max(end - HISTORY_S, 0)
         known = {one.number: one for one in self._seconds}
         held = next((one for one in reversed(self._seconds) if one.number < begin), _Second(begin))
         names = ("output_tokens", "prompt_tokens", "running", "waiting")
-        result: dict[str, list[float]] = {name: [] for name in (*names, "kv_usage")}
+        result: dict[str, list[float | None]] = {name: [] for name in (*names, "kv_usage", "prefix_hits")}
         for number in range(begin, end):
             found = known.get(number)
-            held = found or _Second(number, running=held.running, waiting=held.waiting, used_blocks=held.used_blocks)
+            held = found or _held(held, number)
             for name in names:
                 result[name].append(getattr(held, name))
             result["kv_usage"].append(round(held.used_blocks / max(self.facts.num_blocks, 1), 4))
+            result["prefix_hits"].append(round(held.hits / held.asked, 4) if held.asked else None)
         return {"step_s": 1, "history_s": HISTORY_S, **result}
 
     def _roofline(self, at: float) -> dict[str, Any] | None:
@@ -411,6 +420,11 @@ class Board:
             "parents": list(tree.parents),
             "accepted": list(accepted),
         }
+
+
+def _held(second: _Second, number: int) -> _Second:
+    """A second in which nothing happened, after one in which something did."""
+    return _Second(number, running=second.running, waiting=second.waiting, used_blocks=second.used_blocks)
 
 
 def _point(work: _Work, roofline: Roofline) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model, "engine": "0"}
-        self._preemptions = self._queries = self._hits = 0
+        self._preemptions = self._queries = self._hits = self._blocks = 0
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self.running = gauge("vllm:num_requests_running", "Requests in the engine's batch.")
         self.waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a seat.")
@@ -72,14 +72,12 @@ class Metrics:
         self.flops = counter("vllm:estimated_flops_per_gpu", "Floating-point operations that steps had to do.")
         self.bytes = counter("ridgeline:estimated_bytes", "Bytes that steps had to move to and from memory.")
         self.drafts = counter("vllm:spec_decode_num_drafts", "Draft trees that were verified.")
-        self.draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Nodes of draft trees that were verified.")
-        self.accepted_tokens = counter(
-            "vllm:spec_decode_num_accepted_tokens", "Nodes of draft trees that became tokens."
-        )
+        self.draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Tokens of draft trees.")
+        self.accepted = counter("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.")
         self.accepted_at = Counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Draft trees of which a path was accepted at least so deep, from 0.",
-            [*self._labels, "position"],
+            "Drafted tokens that were accepted, by their place behind the last token, from 0.",
+            ["model_name", "engine", "position"],
             registry=self.registry,
         )
         self.draft_s = counter("ridgeline:draft_seconds", "Time spent on drafting.")
@@ -155,6 +153,8 @@ class Metrics:
             if value != before:
                 counter.inc(value - before if value > before else value)  # a new engine counts from zero
                 setattr(self, name, value)
+        if message.drafted:
+            self._drafted(message)
         if message.kind:
             self.iteration_tokens.observe(message.new_tokens)
             self.step_s.observe(message.step_s)
@@ -164,18 +164,15 @@ class Metrics:
                 self.limit_share.observe(message.floor_s / message.device_s)
                 self.flops.inc(message.flops)
                 self.bytes.inc(message.bytes)
-            if message.drafted:
-                self._verified(message)
 
-    def _verified(self, message: Stepped) -> None:
-        """A step with draft trees."""
+    def _drafted(self, message: Stepped) -> None:
         self.drafts.inc(len(message.depths))
         self.draft_tokens.inc(message.drafted)
-        self.accepted_tokens.inc(message.accepted)
+        self.accepted.inc(message.accepted)
         self.draft_s.inc(message.draft_s)
-        for position in range(max(message.depths, default=0)):
-            reached = sum(depth > position for depth in message.depths)
-            self.accepted_at.labels(**self._labels, position=str(position)).inc(reached)
+        for place in range(max(message.depths, default=0)):
+            reached = sum(depth > place for depth in message.depths)
+            self.accepted_at.labels(**self._labels, position=str(place)).inc(reached)
 
     def ended(self, output: RequestOutput, n: int, max_tokens: int) -> None:
         """A request has come to its end."""

@@ -147,7 +147,7 @@ class DraftModel:
         if growth.at == [ROOT]:
             state = self._current(request, blocks)
             start = state.computed
-            new = tokens[start:]
+            new = self._known(tokens[start:])
             state.computed = len(tokens)
             state.blocks = list(blocks[: -(-(len(tokens) + growth.nodes) // self.block_size)])
             return Chunk(request.request_id, new, start, blocks, sampling), [len(new) - 1]
@@ -161,8 +161,15 @@ class DraftModel:
         self._states[request.request_id].ahead.clear()
         tree, order = sketch.tree(growth.expanded)
         place = {node: at for at, node in enumerate(order)}
-        chunk = Chunk(request.request_id, tokens[-1:], len(tokens) - 1, blocks, sampling, tree=tree)
+        last = self._known(tokens[-1:])
+        chunk = Chunk(request.request_id, last, len(tokens) - 1, blocks, sampling, tree=tree)
         return chunk, [1 + place[node] for node in growth.at]
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        """Tokens as this model may read them. The target's vocabulary may be padded further than its own: an id beyond
+        stands as 0, and what is drafted behind it is as good as that."""
+        most = self.model.spec.vocabulary
+        return tokens if max(tokens) < most else [token if token < most else 0 for token in tokens]
 
     def _current(self, request: Request, blocks: Sequence[int]) -> _State:
         """A request's state, as far as it still holds: blocks that were replaced or given up are not up to date."""
@@ -193,7 +200,7 @@ class DraftModel:
             while len(request.tokens) - state.computed > room:
                 start = state.computed
                 end = min(start + self.most_tokens, len(request.tokens) - 1)
-                chunk = Chunk(request.request_id, request.tokens[start:end], start, blocks, None)
+                chunk = Chunk(request.request_id, self._known(request.tokens[start:end]), start, blocks, None)
                 plan = StepPlan(0, (chunk,))
                 batch = prepare(plan, self.device, self.block_size).batch
                 batch = replace(batch, rows=send(np.array([end - start - 1], dtype=np.int64), self.device))

@@ -17,7 +17,7 @@ from ridgeline.core.speculation import Speculation
 from ridgeline.core.step import Accepted, StepPlan, StepResult
 from ridgeline.core.tree import MOST_NODES, ROOT, Sketch, TokenTree, merged
 from ridgeline.run.verify import Draws, Path, Trial, seeded
-from ridgeline.speculate.acceptance import RANKS, Acceptance
+from ridgeline.speculate.acceptance import DEEPEST, RANKS, Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
 from ridgeline.speculate.ngram import SuffixIndex
 from ridgeline.speculate.seconds import Seconds
@@ -133,9 +133,10 @@ class Tally:
 class Speculator:
     """Drafts trees for the requests of a step.
 
-    speculation: what was asked for. models: the draft models, none for n-grams. seconds: of a step of the target by
-    its rows; draft_seconds: of a pass of the draft models by requests. Both learn from what steps take. most_rows:
-    known tokens and nodes of a step, over all requests.
+    speculation: what was asked for. models: the draft models, none for n-grams. seconds: of a step of the target with
+    trees, by its rows; plain_seconds: of one without, which has kernels of its own and less to prepare;
+    draft_seconds: of a pass of the draft models by its rows. All learn from what steps take. most_rows: known tokens
+    and nodes of a step, over all requests.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Speculator:
         speculation: Speculation,
         models: Sequence[DraftModel],
         seconds: Seconds,
+        plain_seconds: Seconds,
         draft_seconds: Seconds,
         most_rows: int,
         clock: Callable[[], float] = time.perf_counter,
@@ -150,6 +152,7 @@ class Speculator:
         self.speculation = speculation
         self.models = list(models)
         self.seconds = seconds
+        self.plain_seconds = plain_seconds
         self.draft_seconds = draft_seconds
         self.most_rows = most_rows
         self.acceptance = Acceptance()
@@ -209,13 +212,14 @@ class Speculator:
             sizes = self.sizes = self._sizes(len(candidates), sum(new for _, new in chosen) - len(candidates))
             if sizes.depth:
                 self._without = 0
-                most = min(MOST_NODES, ROOM * sizes.nodes) if self.sized and self.models else sizes.nodes
+                shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
+                most = min(MOST_NODES, ROOM * sizes.nodes) if shaped else sizes.nodes
                 growing = []
                 left = self.most_rows - len(chosen)
                 for request, depth in candidates:
                     granted = room(request, min(most, left)) if left > 0 else 0
                     if granted:
-                        growing.append((request, min(depth, sizes.depth), granted))
+                        growing.append((request, min(depth, DEEPEST if shaped else sizes.depth), granted))
                         left -= granted
                 self._grow(growing, table, sizes)
             else:
@@ -271,6 +275,7 @@ class Speculator:
                 self._pass_s,
                 again=self._width > 1,
                 most_rows=self.most_rows,
+                plain=self.plain_seconds,
             )
         return found
 
@@ -344,7 +349,7 @@ class Speculator:
             for place, proposed in zip(active, proposals):
                 growth = growths[place]
                 following = self._add(growth, proposed, notes[place], source)
-                ends = level == min(growing[place][1], sizes.depth)
+                ends = level == (min(growing[place][1], sizes.depth) if place in drawn else growing[place][1])
                 if place in drawn:
                     going = drawn[place].going_on(growth, proposed, following)
                 else:
@@ -424,8 +429,10 @@ class Speculator:
 
     def learn(self, plan: StepPlan, result: StepResult, step_s: float) -> None:
         """A step has been run in step_s seconds, drafting left out."""
-        if all(chunk.sampling is not None for chunk in plan.chunks):  # prefills' rows cost less
-            self.seconds.learn(plan.num_tokens, step_s)
+        if all(len(chunk.token_ids) == 1 for chunk in plan.chunks):  # prefills' rows cost less
+            trees = any(chunk.tree is not None for chunk in plan.chunks)
+            ours, other = (self.seconds, self.plain_seconds) if trees else (self.plain_seconds, self.seconds)
+            other.drift(ours.learn(plan.num_tokens, step_s))
         self.tally.steps += 1
         known = {chunk.request_id: chunk.start + len(chunk.token_ids) for chunk in plan.chunks if self.listeners}
         for request_id, drafted in self._drafted.items():

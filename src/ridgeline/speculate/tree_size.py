@@ -25,7 +25,7 @@ PATIENCE = 3
 """Depths beyond the best so far that are tried."""
 
 HOPELESS = 0.8
-"""Beyond a rate below this share of the best, larger trees are not tried: chances only fall."""
+"""Beyond a rate below this share of the best of that depth, larger trees are not tried: chances only fall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +106,17 @@ def choose_sizes(
     draft: Price,
     again: bool = True,
     most_rows: int = 1 << 30,
+    plain: Price | None = None,
 ) -> Sizes:
     """Trees for so many requests of a step, beside `other_rows` that will be computed anyway.
 
     draft: of one pass of the drafters, which computes the root of each request, or the nodes that have children so
     far. again: whether a pass computes those of earlier levels once more, or only the last level's. most_rows: of
-    a step, over all requests.
+    a step, over all requests. plain: of a step without trees, if that has a price of its own.
     """
-    plain_s = target(requests + other_rows)
-    plain = requests / plain_s
-    best = (plain, 0, 0)
+    plain_s = (plain or target)(requests + other_rows)
+    plain_per_s = requests / plain_s
+    best = (plain_per_s, 0, 0)
     first_s = draft(requests)
     for depth in range(1, deepest + 1):
         if depth > best[1] + PATIENCE:
@@ -123,7 +124,7 @@ def choose_sizes(
         tree = shape.within(depth)
         inner = [0] * (depth + 1)  # by depth, nodes with children: those that a pass computes
         known: set[int] = set()
-        expected, drafting_s, reached = 1.0, first_s, 1
+        expected, drafting_s, reached, highest = 1.0, first_s, 1, 0.0
         for place in range(len(tree)):
             if requests * (place + 2) + other_rows > most_rows:
                 break
@@ -143,10 +144,11 @@ def choose_sizes(
             rate = requests * expected / (target(requests * (place + 2) + other_rows) + drafting_s)
             if rate > best[0]:
                 best = (rate, depth, place + 1)
-            elif rate < HOPELESS * best[0]:
+            if rate < HOPELESS * highest:
                 break
+            highest = max(highest, rate)
     rate, depth, nodes = best
     rows = requests * (1 + nodes) + other_rows
     step = max(1, requests * nodes // 4)
     node_s = max(0.0, (target(rows + step) - target(rows)) / step)
-    return Sizes(depth, nodes, rate, plain, node_s, draft(requests) / requests)
+    return Sizes(depth, nodes, rate, plain_per_s, node_s, draft(requests) / requests)
