@@ -333,8 +333,21 @@ def test_command_on_a_terminal() -> None:
     config = ["--speculative-config", '{"method": "tree", "tree": [3, 1]}']
     runner = CliRunner(env={"COLUMNS": "160"})
     shown = " ".join(runner.invoke(application, [*arguments, *config], catch_exceptions=False).stdout.split())
-    for part in ("a tree step of", "drafting", "accepted of tried, by depth and rank", "the embedded drafter proposed"):
+    for part in ("a tree step of", "drafting", "accepted of tried", "the embedded drafter proposed"):
         assert part in shown
+
+
+def test_what_trees_did_stands_without_the_limit_of_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    low = LimitCurve("cpu", ((1 << 15, 1e6),), 1e6)  # nothing is as slow as that: all ops come out above it
+    monkeypatch.setattr(explaining, "measure_curve", lambda device, dtype, own: low)
+    arguments = ["explain", "--prompt", "x = 1", "--max-tokens", "8", "--rounds", "1", "--json"]
+    config = ["--speculative-config", '{"method": "tree", "tree": [2]}']
+    found = json.loads(CliRunner().invoke(application, [*arguments, *config], catch_exceptions=False).stdout)
+    assert found["steps"] == []
+    assert "above what this machine can do" in found["steps_refused"]
+    assert found["speculation"]["requests"][0]["num_rounds"] > 0
+    with pytest.raises(explaining.MeasurementError):
+        CliRunner().invoke(application, arguments, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def command(
     from ridgeline.llm import LLM
     from ridgeline.perf.machine_card import card_of, read_card
     from ridgeline.study import pictures
-    from ridgeline.study.explain import explain, explain_serving
+    from ridgeline.study.explain import MeasurementError, explain, explain_serving
     from ridgeline.study.plan import datasheet_of
     from ridgeline.study.speculation import speculated, texts
     from ridgeline.study.tree_picture import token_tree
@@ -115,14 +115,21 @@ def command(
         if speculative:
             with bar("explaining trees", shown=not as_json, unit="run") as progress:
                 report = speculated(llm, prompts, params, rounds, progress)
-        with bar("explaining", shown=not as_json, unit="run") as progress:
-            if prompts:
-                steps = explain_serving(
-                    llm.built, lambda _: llm.generate(prompts, params, use_tqdm=False), rounds, progress, measured
-                )
-            else:
-                jobs = equal(batch, length, output_len)
-                steps = explain(llm.built, jobs, rounds=rounds, progress=progress, card=measured)
+        steps: list[Explained] = []
+        refusal = None
+        try:
+            with bar("explaining", shown=not as_json, unit="run") as progress:
+                if prompts:
+                    steps = explain_serving(
+                        llm.built, lambda _: llm.generate(prompts, params, use_tqdm=False), rounds, progress, measured
+                    )
+                else:
+                    jobs = equal(batch, length, output_len)
+                    steps = explain(llm.built, jobs, rounds=rounds, progress=progress, card=measured)
+        except MeasurementError as error:  # what trees did is counted, and stands without the limit of ops
+            if report is None:
+                raise
+            refusal = str(error)
         where = f"{llm.built.directory.name}, {llm.built.config.dtype}, {llm.built.config.device}"
         sheet, text_of = datasheet_of(llm.built.config.device), texts(llm)
     if plot is not None:
@@ -133,7 +140,9 @@ def command(
             figure = pictures.explained(steps, f"{where}: {load}", sheet)
         pictures.save(figure, plot)
     if as_json:
-        said = {"engine": where, "batch": batch, "steps": [one.as_dict() for one in steps]}
+        said: dict[str, object] = {"engine": where, "batch": batch, "steps": [one.as_dict() for one in steps]}
+        if refusal is not None:
+            said["steps_refused"] = refusal
         print(json.dumps(said if report is None else {**said, "speculation": report.as_dict()}))
         return
     console = Console()
@@ -143,6 +152,8 @@ def command(
             console.print(card_line(one.predicted), style="yellow" if one.predicted.beyond else "dim", highlight=False)
         for number, sentence in enumerate(one.advice, start=1):
             console.print(f"{number}. {sentence}", highlight=False)
+    if refusal is not None:
+        console.print(f"no table of ops: {refusal}", style="yellow", highlight=False, markup=False)
     if report is not None:
         trees.show(report, where, console)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SHOWN_RANKS = 4
 """Ranks with columns of their own; later ones stand together."""
-SHOWN_PROMPT = 32
+SHOWN_PROMPT = 20
 
 
 def show(report: Report, where: str, console: Console) -> None:
@@ -36,10 +36,11 @@ def requests(report: Report, where: str) -> Table:
     from ridgeline.study.speculation import readable
 
     names = (
-        "request", "prompt", "tokens", "steps", "a step", "drafted", "accepted", "drafting, ms", "steps, ms",
-        "saved, ms", "decode, ms", "without", "gain",
+        "request", "prompt", "tokens", "steps", "a step", "drafted", "accepted", "drafting", "verifying",
+        "saved", "decode", "without", "gain",
     )  # fmt: skip
     shown = Table(*names, title=f"{where}: {report.speculation.method}")
+    shown.columns[1].no_wrap = True
     for column in shown.columns[2:]:
         column.justify = "right"
     for one in report.requests:
@@ -68,9 +69,9 @@ def requests(report: Report, where: str) -> Table:
         for kind, (count, seconds, drafting) in report.by_kind.items()
     )
     shown.caption = (
-        "drafting, steps: of the steps that verified trees, in the last run; saved: an estimate, against as many\n"
-        "plain steps at the sizer's price; decode, without: first token to last, measured, with trees and without,\n"
-        f"medians; {kinds}"
+        "times in ms; drafting, verifying: of steps with trees in the last run; saved: an estimate, against as many\n"
+        "plain steps at the sizer's price; decode, without: first token to last with trees and without, measured,\n"
+        f"medians. {kinds}"
     )
     return shown
 
@@ -83,7 +84,7 @@ def accepted(request: RequestReport, drafters: tuple[str, ...]) -> Table:
     if ranks[SHOWN_RANKS:]:
         columns.append(ranks[SHOWN_RANKS:])
     names = [f"rank {column[0]}" if len(column) == 1 else "later" for column in columns]
-    title = f"request {request.request_id}: accepted of tried, by depth and rank"
+    title = f"request {request.request_id}: accepted of tried"
     shown = Table("depth", *names, "all", "drafted", title=title)
     for column in shown.columns[1:]:
         column.justify = "right"

@@ -569,7 +569,7 @@ def reasons(verified: Sequence[Verified], speculation: Speculation) -> tuple[str
         if mean["node_s"] > 0:
             said.append(
                 f"a node of less than {mean['least_chance']:.1%} chance was left out: it takes "
-                f"{mean['node_s'] * 1e6:,.0f} µs more of a step than it is worth"
+                f"{mean['node_s'] * 1e6:,.0f} µs of a step, longer than it is worth"
             )
         else:
             said.append("no node was left out for its chance: one more took no time that could be measured")
@@ -578,6 +578,8 @@ def reasons(verified: Sequence[Verified], speculation: Speculation) -> tuple[str
                 f"a path of less than {mean['least_path']:.0%} chance was not drafted further: one more level takes "
                 f"{mean['level_s'] * 1e3:.2g} ms"
             )
+        else:
+            said.append("no path was left for its chance: a level of drafting is priced at nothing")
     if probes:
         said.append(
             f"{_rounds(len(probes))} tried one node in order to learn: no tree was expected to beat plain steps"
