@@ -29,8 +29,6 @@ from benchmarks.serving import Server, resident_bytes, served, slope, total
 from benchmarks.trace import azure_jobs
 from ridgeline.workload.http import Address, Answer, Client, HttpError, events
 
-PATIENCE_S = 60.0
-"""A request that has not ended by then is stuck."""
 FLAT = 0.03
 """Share of its size by which a process may grow over the last four fifths of its watched life."""
 WATCHED_S = 60.0
@@ -65,6 +63,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--cancels", type=float, default=0.20, help="share of requests that hang up")
     result.add_argument("--malformed", type=float, default=0.01, help="share of requests that are malformed")
     result.add_argument("--kill-every", type=float, default=120.0, help="seconds between kills of the engine")
+    result.add_argument("--patience", type=float, default=60.0, help="seconds after which a request is stuck")
     result.add_argument("--seed", type=int, default=0)
     return result
 
@@ -93,6 +92,7 @@ def measure(options: argparse.Namespace) -> Record:
     record.settings = {
         "model": what, "engine_threads": options.threads, "seconds": options.seconds, "requests_per_s": options.rate,
         "cancels": options.cancels, "malformed": options.malformed, "kill_every_s": options.kill_every,
+        "patience_s": options.patience,
     }  # fmt: skip
     # A pool that is soon touched as a whole: what grows afterwards is a leak, not the first use of a page.
     # A queue that is short enough for patience: who finds no place is told so at once.
@@ -167,10 +167,10 @@ async def one(soak: Soak, client: Client, draw: random.Random, prompt: int, outp
     """One request, and its end on the account."""
     begin = time.perf_counter()
     try:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(soak.options.patience):
             end, detail = await asked(soak, client, draw, prompt, output)
     except TimeoutError:
-        end, detail = "stuck", f"nothing for {PATIENCE_S:g} s"
+        end, detail = "stuck", f"nothing for {soak.options.patience:g} s"
     except HttpError as error:
         end, detail = "no answer", str(error)
     soak.longest_s = max(soak.longest_s, time.perf_counter() - begin)
@@ -330,7 +330,7 @@ def told(
         f"{soak.sent - sum(counted.values())} missing, {odd} odd", accounted,
     )  # fmt: skip
     record.target(
-        "no stuck request", f"each ended within {PATIENCE_S:.0f} s", f"the longest took {soak.longest_s:.1f} s",
+        "no stuck request", f"each ended within {options.patience:.0f} s", f"the longest took {soak.longest_s:.1f} s",
         not counted.get("stuck"),
     )  # fmt: skip
     engine = info.get("engine", {})

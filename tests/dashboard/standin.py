@@ -159,7 +159,7 @@ def application(board: Board, now: Now | None = None, keys: tuple[str, ...] = ()
                 usage = {"prompt_tokens": 9, "completion_tokens": count, "total_tokens": 9 + count}
                 yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
             yield "data: [DONE]\n\n"
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # at its own await, or while what it gave was being sent
             app.state.cancelled += 1
             raise
 

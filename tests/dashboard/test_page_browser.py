@@ -209,6 +209,7 @@ def test_a_prompt_streams_and_can_be_stopped(look: Callable[..., Any], serve: Ca
     page.get_by_label("Most tokens").fill("2000")
     page.get_by_role("textbox", name="Prompt").press("Control+Enter")
     page.get_by_text("def push").wait_for()
+    page.get_by_text("Streaming: the first token after").wait_for()
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped: ").wait_for()
     for _ in range(100):
