@@ -303,13 +303,16 @@ def in_form(schema: Any) -> dict[str, Any]:
 
 
 HEAVY: dict[str, tuple[str, Any]] = {
+    "a million ids": (COMPLETIONS, {**CANARY, "prompt": [5] * 1_000_000}),
+    "a million ids to read": ("/detokenize", {"tokens": [5] * 1_000_000}),
+    "15 MB to cut into tokens": ("/tokenize", {"prompt": "word " * 3_000_000}),
     "a prompt of 15 MB": (COMPLETIONS, {**CANARY, "prompt": "word " * 3_000_000}),
     "300,000 biases": (COMPLETIONS, {**CANARY, "logit_bias": {str(token): 1 for token in range(300_000)}}),
     "100,000 messages": (CHAT, {"model": "ridgeline", "messages": USER * 100_000}),
     "60,000 groups": (
         CHAT,
         {"model": "ridgeline", "messages": USER,
-         "response_format": in_form({"type": "string", "pattern": "(" * 60_001 + "b" + ")" * 60_001})},
+         "response_format": in_form({"type": "string", "pattern": "(" * 60_001 + "bb" + ")" * 60_001})},
     ),
     "a schema of 5 MB": (
         CHAT, {"model": "ridgeline", "messages": USER, "response_format": in_form({"description": "y" * 5_000_000})}
@@ -321,8 +324,8 @@ HEAVY: dict[str, tuple[str, Any]] = {
 def test_14_24_others_are_answered_meanwhile(sound: Served, name: str) -> None:
     """The 99th percentile of another's answers stays below 100 ms; a busy machine is given three chances."""
     path, body = HEAVY[name]
-    raw = json.dumps(body).encode()
     for chance in range(3):
+        raw = json.dumps(body).replace("(bb", "(b" + "b" * chance).encode()  # no verdict is kept of this one
         took: list[float] = []
         with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=sound.url, timeout=60) as other:
             heavy = pool.submit(sound.client.post, path, content=raw, headers=JSON)

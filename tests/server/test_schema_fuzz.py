@@ -25,6 +25,7 @@ OPENAI = {
     "/v1/chat/completions": "CreateChatCompletionResponse",
 }
 CONTEXT = 96
+BRIEF_EXAMPLES, THOROUGH_EXAMPLES = 6, 250
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 4095}, "minItems": 1, "maxItems": 30}
 NARROW = {
     "prompt": {"anyOf": [{"type": "string", "minLength": 1, "maxLength": 30}, IDS]},
@@ -80,12 +81,12 @@ def published(server: Served, examples: int, **phases: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def brief(server: Served) -> Any:
-    return published(server, 6, coverage={"enabled": False})
+    return published(server, BRIEF_EXAMPLES, coverage={"enabled": False})
 
 
 @pytest.fixture(scope="module")
 def thorough(server: Served) -> Any:
-    return published(server, 250)
+    return published(server, THOROUGH_EXAMPLES)
 
 
 BRIEF = schemathesis.pytest.from_fixture("brief")
@@ -109,14 +110,14 @@ def checked(case: Any, server: Served) -> None:
 
 
 @BRIEF.parametrize()
-@CALM
+@settings(CALM, max_examples=BRIEF_EXAMPLES)
 def test_every_answer_is_described(case: Any, server: Served) -> None:
     checked(case, server)
 
 
 @pytest.mark.slow
 @THOROUGH.parametrize()
-@CALM
+@settings(CALM, max_examples=THOROUGH_EXAMPLES)
 def test_every_answer_is_described_thoroughly(case: Any, server: Served) -> None:
     checked(case, server)
 
