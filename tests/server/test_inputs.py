@@ -303,13 +303,16 @@ def in_form(schema: Any) -> dict[str, Any]:
 
 
 HEAVY: dict[str, tuple[str, Any]] = {
+    "a million ids": (COMPLETIONS, {**CANARY, "prompt": [5] * 1_000_000}),
+    "a million ids to read": ("/detokenize", {"tokens": [5] * 1_000_000}),
+    "15 MB to cut into tokens": ("/tokenize", {"prompt": "word " * 3_000_000}),
     "a prompt of 15 MB": (COMPLETIONS, {**CANARY, "prompt": "word " * 3_000_000}),
     "300,000 biases": (COMPLETIONS, {**CANARY, "logit_bias": {str(token): 1 for token in range(300_000)}}),
     "100,000 messages": (CHAT, {"model": "ridgeline", "messages": USER * 100_000}),
     "60,000 groups": (
         CHAT,
         {"model": "ridgeline", "messages": USER,
-         "response_format": in_form({"type": "string", "pattern": "(" * 60_001 + "b" + ")" * 60_001})},
+         "response_format": in_form({"type": "string", "pattern": "(" * 60_001 + "bb" + ")" * 60_001})},
     ),
     "a schema of 5 MB": (
         CHAT, {"model": "ridgeline", "messages": USER, "response_format": in_form({"description": "y" * 5_000_000})}
@@ -319,23 +322,29 @@ HEAVY: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize("name", HEAVY)
 def test_14_24_others_are_answered_meanwhile(sound: Served, name: str) -> None:
-    """The 99th percentile of another's answers stays below 100 ms; a busy machine is given three chances."""
+    """The 99th percentile of another's answers stays below 100 ms, or on a busy machine what it is without this."""
     path, body = HEAVY[name]
-    raw = json.dumps(body).encode()
     for chance in range(3):
+        raw = json.dumps(body).replace("(bb", "(b" + "b" * chance).encode()  # no verdict is kept of this one
         took: list[float] = []
         with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=sound.url, timeout=60) as other:
+            usual = sorted(timed(other) for _ in range(50))[48]
             heavy = pool.submit(sound.client.post, path, content=raw, headers=JSON)
             while not heavy.done() or len(took) < 20:
-                began = time.monotonic()
-                assert other.get("/version").status_code == 200
-                took.append(time.monotonic() - began)
+                took.append(timed(other))
                 time.sleep(0.002)
             assert heavy.result().status_code == 400
         took.sort()
-        if took[int(0.99 * (len(took) - 1))] < 0.1:
+        if took[int(0.99 * (len(took) - 1))] < max(0.1, 3 * usual):
             return
-        assert chance < 2, took[-5:]
+        assert chance < 2, (usual, took[-5:])
+
+
+def timed(client: httpx.Client) -> float:
+    """Seconds of a small request."""
+    began = time.monotonic()
+    assert client.get("/version").status_code == 200
+    return time.monotonic() - began
 
 
 def peak_bytes(pid: int) -> int:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import VOCABULARY
 from served import served
 from test_inputs import is_refusal
 
@@ -149,7 +148,8 @@ def test_27_a_hostile_template_harms_no_one(tiny: Path, tmp_path: Path) -> None:
             assert "__class__" not in answer.text
         fine = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
         assert server.post(CHAT, fine).status_code == 200
-        every = {str(token): -100 for token in range(VOCABULARY)}
+        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        every = {str(token): -100 for token in range(vocabulary)}
         body = {"model": "tiny", "prompt": [0, 5, 9], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
         biased = server.post("/v1/completions", {**body, "logit_bias": every, "logprobs": 1}).json()["choices"][0]
         assert biased["text"] == server.post("/v1/completions", body).json()["choices"][0]["text"]

@@ -8,13 +8,18 @@ answer to data that fit the schema, since a schema cannot say that two fields ex
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from schemas import SCHEMAS, closed, valid
+from schemathesis import GenerationMode
 from schemathesis.config import SchemathesisConfig
 from served import Served, events, served
 
@@ -25,6 +30,12 @@ OPENAI = {
     "/v1/chat/completions": "CreateChatCompletionResponse",
 }
 CONTEXT = 96
+EXPECTED = ["2xx", "400", "404"]
+"""Of data that fit the schema: a schema cannot say that two fields exclude each other."""
+OPERATIONS = (
+    "POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize", "POST /detokenize", "GET /v1/models",
+    "GET /v1/models/{name}", "GET /health", "GET /ready", "GET /metrics", "GET /version", "GET /server_info",
+)  # fmt: skip
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 4095}, "minItems": 1, "maxItems": 30}
 NARROW = {
     "prompt": {"anyOf": [{"type": "string", "minLength": 1, "maxLength": 30}, IDS]},
@@ -52,7 +63,7 @@ def server() -> Iterator[Served]:
         yield running
 
 
-def published(server: Served, examples: int, **phases: Any) -> Any:
+def described(server: Served) -> dict[str, Any]:
     """The server's own schema, with OpenAI's for OpenAI's answers."""
     raw = server.client.get("/openapi.json").json()
     for path in ("/v1/completions", "/v1/chat/completions", "/detokenize"):  # half of what is made is of this model
@@ -67,29 +78,13 @@ def published(server: Served, examples: int, **phases: Any) -> Any:
         for status, answer in method["responses"].items():
             if status != "200":
                 answer["content"]["application/json"]["schema"] = {"$ref": "#/components/schemas/ErrorResponse"}
-    config = SchemathesisConfig.from_dict(
-        {
-            "base-url": server.url,
-            "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", "400", "404"]}},
-            "generation": {"max-examples": examples, "mode": "all"},
-            "phases": phases,
-        }
-    )
-    return schemathesis.openapi.from_dict(raw, config=config)
+    return raw
 
 
-@pytest.fixture(scope="module")
-def brief(server: Served) -> Any:
-    return published(server, 6, coverage={"enabled": False})
-
-
-@pytest.fixture(scope="module")
-def thorough(server: Served) -> Any:
-    return published(server, 250)
-
-
-BRIEF = schemathesis.pytest.from_fixture("brief")
-THOROUGH = schemathesis.pytest.from_fixture("thorough")
+def published(server: Served) -> Any:
+    """The schema as schemathesis reads it."""
+    config = {"base-url": server.url, "checks": {"positive_data_acceptance": {"expected-statuses": EXPECTED}}}
+    return schemathesis.openapi.from_dict(described(server), config=SchemathesisConfig.from_dict(config))
 
 
 def checked(case: Any, server: Served) -> None:
@@ -108,18 +103,43 @@ def checked(case: Any, server: Served) -> None:
     assert "Traceback" not in answer.text
 
 
-@BRIEF.parametrize()
-@CALM
-def test_every_answer_is_described(case: Any, server: Served) -> None:
-    checked(case, server)
+def test_no_operation_is_left_out(server: Served) -> None:
+    raw = server.client.get("/openapi.json").json()
+    assert {f"{method.upper()} {path}" for path, found in raw["paths"].items() for method in found} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_every_answer_is_described(server: Served, label: str, mode: GenerationMode) -> None:
+    method, path = label.split()
+    operation = published(server)[path][method]
+    if mode.is_negative and not operation.body and not operation.path_parameters:
+        checked(operation.Case(), server)  # there is nothing in it that could be wrong
+        return
+
+    @settings(CALM, max_examples=6)
+    @given(operation.as_strategy(generation_mode=mode))
+    def whatever_comes(case: Any) -> None:
+        checked(case, server)
+
+    whatever_comes()
 
 
 @pytest.mark.slow
-@THOROUGH.parametrize()
-@CALM
-def test_every_answer_is_described_thoroughly(case: Any, server: Served) -> None:
-    checked(case, server)
+def test_schemathesis_itself_finds_nothing(server: Served, tmp_path: Path) -> None:
+    """Its command, with all its phases: examples, coverage of every constraint, fuzzing, links."""
+    schema, config = tmp_path / "openapi.json", tmp_path / "schemathesis.toml"
+    schema.write_text(json.dumps(described(server)), encoding="utf-8")
+    config.write_text("[checks.positive_data_acceptance]\nexpected-statuses = " + json.dumps(EXPECTED) + "\n")
+    command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"]
+    options = ["--mode", "all", "--max-examples", "150", "--seed", "1", "--continue-on-failure"]
+    done = subprocess.run(
+        [*command, "--config-file", str(config), "--no-color", "run", str(schema), "--url", server.url, *options],
+        capture_output=True, text=True, timeout=1200, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "Traceback" not in "".join(server.log)
 
 
 def test_afterwards_nothing_has_changed(sound: Served) -> None:
-    """The two tests above are many; here is their check."""
+    """The tests above are many; here is their check."""

@@ -94,3 +94,14 @@ def test_whatever_comes_is_an_object_or_a_refusal(raw: bytes) -> None:
         found = {"status": error.status}
         assert found == {"status": 400}
     assert isinstance(found, dict)
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e+0999", "9" * 401, "9" * 299 + "e99"], ids=lambda number: number[-5:])
+@pytest.mark.parametrize("before", [0, 20_000])
+def test_numbers_beyond_any_are_found_among_many(number: str, before: int) -> None:
+    text = "[" + "12," * before + number + "]"
+    with pytest.raises(ApiError) as refused:
+        parse(b'{"a":' + text.encode() + b"}", 64, 1 << 20)
+    assert refused.value.code == "invalid_json"
+    text = text.replace(number, "1.5e99")
+    assert parse(b'{"a":' + text.encode() + b"}", 64, 1 << 20)["a"][-1] == 1.5e99

@@ -22,7 +22,7 @@ from ridgeline.server.edge import check_media_type, declared_length, salt_of, to
 from ridgeline.server.errors import ApiError, invalid, refused
 from ridgeline.server.jobs import Job
 from ridgeline.server.messages import read_messages, read_switches
-from ridgeline.server.requests import Body, ChatRequest, CompletionRequest, Sampled, check_limits, read
+from ridgeline.server.requests import Body, ChatRequest, CompletionRequest, Sampled, check_limits, check_sizes, read
 from ridgeline.server.state import INLINE_CHARACTERS, Face, State
 from ridgeline.server.strict_json import parse
 
@@ -75,6 +75,7 @@ async def aside(state: State, work: Callable[[], Result]) -> Result:
 
 def read_body(kind: type[Body], values: dict[str, Any], state: State) -> Body:
     """A body as its model, within every limit that is a setting."""
+    check_sizes(values, state.settings, None if state.face is None else state.face.facts.max_model_len)
     body = read(kind, values)
     if isinstance(body, Sampled):
         check_limits(body, state.settings)

@@ -218,23 +218,40 @@ def _first(error: ValidationError, given: Mapping[str, Any]) -> ApiError:
     return invalid(param, f"{param}{inside}: {message[:120]}{shown}")
 
 
-def check_limits(body: Sampled, settings: ServerSettings) -> None:
-    """Whatever a setting bounds. ApiError 400 with the parameter and the limit."""
-    _integer("n", body.n, 1, settings.max_n)
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stops) > settings.max_stop:
-        raise invalid("stop", f"stop: at most {settings.max_stop} strings, got {len(stops)}")
-    for stop in stops:
-        if not 1 <= len(stop) <= settings.max_stop_characters:
-            raise invalid("stop", f"stop: strings of 1 to {settings.max_stop_characters} characters")
+def check_sizes(values: Mapping[str, Any], settings: ServerSettings, context_tokens: int | None) -> None:
+    """What has more entries than it may is refused before any of them is looked at. ApiError 400."""
     for name, most in (
+        ("messages", settings.max_messages),
+        ("tools", settings.max_tools),
+        ("stop", settings.max_stop),
         ("stop_token_ids", settings.max_stop_token_ids),
         ("bad_words", settings.max_bad_words),
         ("logit_bias", settings.max_logit_bias),
     ):
-        count = len(getattr(body, name) or ())
-        if count > most:
-            raise invalid(name, f"{name}: at most {most} entries, got {count}")
+        value = values.get(name)
+        if isinstance(value, (list, dict)) and len(value) > most:
+            raise invalid(name, f"{name}: at most {most} entries, got {len(value)}")
+    if context_tokens is None:
+        return  # nothing is served yet
+    prompt, tokens = values.get("prompt"), values.get("tokens")
+    prompts = [prompt]
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], (int, float)):
+        prompts = prompt
+        if len(prompts) > settings.max_prompts:
+            raise invalid("prompt", f"prompt: at most {settings.max_prompts} prompts, got {len(prompts)}")
+    for name, lists in (("prompt", prompts), ("tokens", [tokens])):
+        longest = max((len(one) for one in lists if isinstance(one, list)), default=0)
+        if longest > context_tokens:
+            message = f"{name}: {longest} tokens; the context holds {context_tokens}"
+            raise invalid(name, message, "context_length_exceeded")
+
+
+def check_limits(body: Sampled, settings: ServerSettings) -> None:
+    """Whatever a setting bounds. ApiError 400 with the parameter and the limit."""
+    _integer("n", body.n, 1, settings.max_n)
+    for stop in [body.stop] if isinstance(body.stop, str) else body.stop or []:
+        if not 1 <= len(stop) <= settings.max_stop_characters:
+            raise invalid("stop", f"stop: strings of 1 to {settings.max_stop_characters} characters")
     for word in body.bad_words or ():
         if not 1 <= len(word) <= settings.max_stop_characters:
             raise invalid("bad_words", f"bad_words: strings of 1 to {settings.max_stop_characters} characters")
@@ -264,12 +281,8 @@ def _check_completion(body: CompletionRequest, settings: ServerSettings) -> None
         raise invalid("min_tokens", f"min_tokens: {body.min_tokens} is more than max_tokens {body.max_tokens}")
     if body.max_tokens == 0 and not body.echo:
         raise invalid("max_tokens", "max_tokens: 0 leaves nothing to answer without echo")
-    if isinstance(body.prompt, list):
-        several = bool(body.prompt) and not isinstance(body.prompt[0], int)
-        if not body.prompt:
-            raise invalid("prompt", "prompt: the list is empty")
-        if several and len(body.prompt) > settings.max_prompts:
-            raise invalid("prompt", f"prompt: at most {settings.max_prompts} prompts, got {len(body.prompt)}")
+    if not body.prompt:
+        raise invalid("prompt", "prompt: is empty")
 
 
 def _check_chat(body: ChatRequest, settings: ServerSettings) -> None:
@@ -281,8 +294,8 @@ def _check_chat(body: ChatRequest, settings: ServerSettings) -> None:
     if most is not None and body.min_tokens > most:
         raise invalid("min_tokens", f"min_tokens: {body.min_tokens} is more than the {most} that may be generated")
     if body.tools is not None:
-        if not 1 <= len(body.tools) <= settings.max_tools:
-            raise invalid("tools", f"tools: 1 to {settings.max_tools}, got {len(body.tools)}")
+        if not body.tools:
+            raise invalid("tools", f"tools: 1 to {settings.max_tools}, got none")
         names = [tool.function.name for tool in body.tools]
         if len(set(names)) != len(names):
             raise invalid("tools", "tools: two functions have one name")

@@ -15,6 +15,9 @@ from ridgeline.server.errors import ApiError, invalid, short
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)
 _MAY_BE_SURROGATE = re.compile(rb"\\u[dD]")
 MOST_DIGITS = 400
+_HARD_NUMBER = re.compile(rb"[0-9]{200}|[eE][+]?[0-9]{3}")
+PIECE = 1 << 19
+MANY = 10_000
 
 
 def parse(raw: bytes, max_depth: int, max_values: int) -> dict[str, Any]:
@@ -28,10 +31,11 @@ def parse(raw: bytes, max_depth: int, max_values: int) -> dict[str, Any]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise _invalid("is not UTF-8") from None
+    hooks: dict[str, Any] = (
+        {"parse_float": _float, "parse_int": _integer} if raw.count(b",") < MANY or _may_overflow(raw) else {}
+    )
     try:
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_integer
-        )
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, **hooks)
     except RecursionError:
         raise invalid(None, "the body is nested too deeply", "json_too_deep") from None
     except ValueError as error:
@@ -67,6 +71,14 @@ def _bound(raw: bytes, max_depth: int, max_values: int) -> None:
             values += 1
             if values > max_values:
                 raise invalid(None, f"the body has more than {max_values} values", "json_too_large")
+
+
+def _may_overflow(raw: bytes) -> bool:
+    """Whether there may be a number of many digits or a great exponent; else none of very many is looked at by itself.
+
+    In pieces: a search is one call that nothing else can interrupt.
+    """
+    return any(_HARD_NUMBER.search(raw, at, at + PIECE + MOST_DIGITS) for at in range(0, len(raw), PIECE))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

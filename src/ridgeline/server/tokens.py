@@ -34,6 +34,7 @@ def router(state: State) -> APIRouter:
             raise invalid("prompt", "prompt or messages is needed, and not both")
         messages = None if body.messages is None else read_messages(body.messages, state.settings)
         characters = len(body.prompt or "") if messages is None else characters_of(messages)
+        face.check_length_of(characters, "prompt" if messages is None else "messages")
 
         def work() -> list[int]:
             if messages is not None:

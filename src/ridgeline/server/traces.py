@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from ridgeline.core.errors import InvalidArgument
 
 Fields = Mapping[str, Any]
+EXPORT_S = 3.0
+"""What sending may take, retries included: a dead collector holds up nobody's end."""
 ATTRIBUTES = {
     "prompt_tokens": "gen_ai.usage.prompt_tokens",
     "completion_tokens": "gen_ai.usage.completion_tokens",
@@ -63,7 +65,7 @@ class Traces:
                 "otlp_traces_endpoint", f"must be a URL such as http://localhost:4318/v1/traces, not {endpoint!r}"
             )
         self._provider = TracerProvider(resource=Resource.create({"service.name": "ridgeline"}))
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_S)))
         self._tracer = self._provider.get_tracer("ridgeline")
         self._model = model
 
