@@ -101,6 +101,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     result.add_argument("--card", type=Path, help="a card made before, to be anchored anew instead of calibrating")
     result.add_argument("--anchor-s", type=float, default=ANCHOR_S)
+    result.add_argument("--minutes", type=float, default=9.0, help="begin no model that would not end within so many")
     result.add_argument("--pool-bytes", type=int, help="of the held-out models; what fits, if left out")
     return result
 
@@ -142,7 +143,7 @@ def measure(options: argparse.Namespace) -> Record:
     folder = out_folder(options)
     points = points_for(options, device)
     later = options.card is not None
-    began = time.perf_counter()
+    began = start = time.perf_counter()
     card = anchored(options, device, points, record) if later else calibrated(options, device, points, folder)
     record.summary["card_s"] = round(time.perf_counter() - began, 1)
     record.observe("card")
@@ -167,10 +168,17 @@ def measure(options: argparse.Namespace) -> Record:
     }
     measured: dict[str, float] = {}
     memory: list[dict[str, Any]] = []
+    longest_s = 0.0
     for one in held:
         began = time.perf_counter()
+        if began - start + longest_s > 60 * options.minutes:
+            record.note(f"{one.name} was not measured: of {options.minutes:g} minutes too little was left")
+            continue
         measured.update(truth(one, options, device, points, memory))
+        longest_s = max(longest_s, time.perf_counter() - began)
         record.observe(f"{one.name} ({time.perf_counter() - began:.0f} s)")
+    if not measured:
+        raise SystemExit(f"--minutes {options.minutes:g}: the card alone took {record.summary['card_s']:.0f} s")
     compare(record, said, measured, "later call" if later else "same call")
     compare_memory(record, memory)
     sweep(record, device, points)
@@ -412,6 +420,8 @@ def compare(record: Record, said: Sequence[dict[str, Any]], measured: dict[str, 
     """Every cell, and the lines."""
     rows, cells = [], []
     for one in said:
+        if one["cell"] not in measured:
+            continue
         real = measured[one["cell"]]
         error, simple = one["predicted_s"] / real - 1, one["simple_rule_s"] / real - 1
         cells.append({**one, "measured_s": real, "error": error, "simple_rule_error": simple})

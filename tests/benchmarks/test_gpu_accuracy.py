@@ -66,6 +66,13 @@ def test_a_later_call_takes_the_card_and_anchors_it(first: tuple[Path, dict[str,
     assert (folder / "gpu-accuracy-predictions-later.json").is_file()
 
 
+def test_without_time_left_it_says_so(first: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = first
+    arguments = ["--models", "qwen3-0.6b", "--card", str(folder / "gpu-accuracy-card.json"), "--minutes", "0"]
+    with pytest.raises(SystemExit, match=r"--minutes 0: the card alone took"):
+        gpu_accuracy.main([*COMMON, *arguments, "--out", str(tmp_path / "none.json")])
+
+
 def test_points_on_the_grid_are_found(first: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = first
     card = read_card(folder / "gpu-accuracy-card.json")
