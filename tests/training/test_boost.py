@@ -63,12 +63,11 @@ def test_missed_positions_weigh_as_much_as_all_others() -> None:
 def test_residual_is_the_target_without_what_is_proposed() -> None:
     teacher, tokens = logits(0), logits(1).topk(2).indices
     made, left = residual(teacher, tokens)
-    p = teacher.softmax(-1)
+    rest = teacher.softmax(-1)
     for row, place in itertools.product(range(3), range(6)):
-        rest = p[row, place].clone()
-        rest[tokens[row, place]] = 0.0
-        assert left[row, place].item() == pytest.approx(rest.sum().item(), abs=1e-6)
-        torch.testing.assert_close(made[row, place].softmax(-1), rest / rest.sum())
+        rest[row, place, tokens[row, place]] = 0.0
+    assert (left - rest.sum(-1)).abs().max() < 1e-6
+    assert (made.softmax(-1) - rest / rest.sum(-1, keepdim=True)).abs().max() < 1e-6
 
 
 def test_documents_are_drawn_with_replacement(tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ def test_a_model_trained_on_what_was_missed_covers_it(tmp_path: Path) -> None:
     with torch.no_grad():
         wrong = missed(teacher(rows), [first(rows)], 1)
         before = missed(teacher(rows), [first(rows), second(rows)], 1)
-    train(second, objective, Recipe(matrix_lr=0.02, other_lr=0.02, steps=40), lambda _: None)
+    train(second, objective, Recipe(matrix_lr=0.02, other_lr=0.02, steps=30), lambda _: None)
     with torch.no_grad():
         after = missed(teacher(rows), [first(rows), second(rows)], 1)
     assert wrong.float().mean() > 0.3
@@ -181,6 +180,7 @@ def test_the_readme_says_what_was_measured() -> None:
     assert other.endswith(readme[readme.index(END) :])
 
 
+@pytest.mark.slow
 def test_stages_run_from_shipped_models_to_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
