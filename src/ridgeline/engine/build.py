@@ -654,8 +654,8 @@ def _ledger(
         graphs = 0 if resolved.enforce_eager else _measured_graphs(resolved, model, layout, table, device)
         if config.speculation is not None and not resolved.enforce_eager:
             graphs += _measured_passes(resolved, model, layout, table, device)
-            for one, own, plan in zip(drafters, draft_layouts, plans):
-                graphs += _measured_passes(resolved, one, own, plan.table, device, WIDTH)
+            for drafter, own, plan in zip(drafters, draft_layouts, plans):
+                graphs += _measured_passes(resolved, drafter, own, plan.table, device, WIDTH)
         gc.collect()
     total, available = device_memory_bytes(device)
     weights = model.store.nbytes + sum(one.store.nbytes for one in drafters)
