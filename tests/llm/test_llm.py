@@ -221,12 +221,12 @@ def test_an_interrupt_comes_between_steps(llm: LLM, monkeypatch: pytest.MonkeyPa
     scheduler = llm.built.engine.scheduler
     plan, steps, whole = scheduler.plan, 0, []
 
-    def interrupted(chosen: Any, drafts: Any) -> Any:
+    def interrupted(*chosen: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == 3:
             signal.raise_signal(signal.SIGINT)
-        planned = plan(chosen, drafts)
+        planned = plan(*chosen)
         whole.append(steps)
         return planned
 

@@ -310,13 +310,16 @@ def _speculator(
     plain = {count: _best_s(runner.device, lambda count=count: step(count, 0)) for count in counts}  # type: ignore[misc]
     drafts = {1: 0.0}
     if models:
-        drafts = {count: _best_s(runner.device, lambda count=count: draft(count)) for count in counts}  # type: ignore[misc]
-    rows = max(TREE_ROWS, resolved.max_num_seqs)
-    return Speculator(speculation, models, Seconds(seconds), Seconds(plain), Seconds(drafts), rows)
+        rows = [count for count in PRICED_REQUESTS if count <= max(resolved.max_num_seqs, SOME_NODES)]
+        drafts = {count: _best_s(runner.device, lambda count=count: draft(count)) for count in rows}  # type: ignore[misc]
+    most_rows = max(TREE_ROWS, resolved.max_num_seqs)
+    return Speculator(speculation, models, Seconds(seconds), Seconds(plain), Seconds(drafts), most_rows)
 
 
 PRICED_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 255)
 PRICED_REQUESTS = (1, 4, 16, 64, 256)
+SOME_NODES = 16
+"""Rows of a drafting pass that are priced even for few requests: a pass computes several nodes of each."""
 TREE_ROWS = 512
 """Rows of logits in a step with trees: known tokens and nodes of all requests."""
 

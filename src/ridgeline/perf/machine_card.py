@@ -248,7 +248,8 @@ SHAPES: dict[str, Callable[..., Sequence[float]]] = {
     "norm": lambda x, *_: tuple(x.shape),
     "layer_norm": lambda x, *_: tuple(x.shape),
     "rope_kv_write": lambda qkv, *_: tuple(qkv.shape),
-    "embed": lambda ids, weight: (ids.shape[0], weight.in_features),
+    "embed": lambda ids, weight, *_: (ids.shape[0], weight.in_features),
+    "take": lambda x, residual, rows: (rows.numel(), x.shape[1]),
     "sample": lambda logits, *_: tuple(logits.shape),
 }
 """Op -> (tokens, other sizes …) of its arguments."""
