@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from ridgeline import LLM
+from ridgeline.cli.explain import table
 from ridgeline.cli.main import application
 from ridgeline.core.cost import Cost
 from ridgeline.core.errors import InvalidArgument
@@ -59,6 +60,43 @@ def test_the_floor_is_never_above_what_was_measured() -> None:
             for one in explain(llm.built, equal(batch, prompt, 12), rounds=2):
                 assert one.floor_s < one.step_s
                 assert 0 < one.limit_share < 1
+
+
+@pytest.mark.usefixtures("slow_limit")
+def test_steps_with_trees() -> None:
+    """Drafting is a part of the step, and watched steps teach the sizer nothing."""
+    config = {"method": "tree", "tree": [2, 1]}
+    with LLM(max_num_seqs=1, enable_prefix_caching=False, max_model_len=64, speculative_config=config) as llm:
+        speculator = llm.built.speculator
+        assert speculator is not None
+        kept = speculator.seconds, speculator.plain_seconds
+        steps = explain(llm.built, equal(1, 8, 12), rounds=1)
+        assert (speculator.seconds, speculator.plain_seconds) == kept
+    tree = next(one for one in steps if one.kind == "tree")
+    assert tree.draft_s > 0
+    assert tree.tokens == pytest.approx(1 + tree.drafted)
+    assert tree.floor_s + tree.kernels_s + tree.gaps_s + tree.host_s + tree.draft_s == pytest.approx(tree.step_s)
+    assert {one.op for one in tree.ops} >= {"linear", "attention", "sample"}
+
+
+def test_drafting_has_a_row_of_its_own() -> None:
+    curve = LimitCurve("cpu", ((1024, 1e9),), 1e12)
+    call = TimedCall("linear", "contraction", Cost(flops=1e6, read_bytes=1e5), 0.9e-3)
+    step = replace(record("tree"), spans=((5, 13),), sampled=1, drafted=4, accepted=2, draft_s=4e-4)
+    found = _explained("tree", [step], [[call]], [1.6e-3], curve, card=a_card())
+    assert (found.step_s, found.draft_s) == (pytest.approx(1.5e-3), 4e-4)
+    assert found.observer_s == pytest.approx(0.1e-3)
+    assert "drafting takes 0.4 ms a step and brings 2 tokens more" in found.advice[1]
+    assert found.predicted is not None  # of all but drafting, which a card knows nothing of
+    assert found.predicted.step_s == pytest.approx((1 + found.predicted.error) * 1.1e-3)
+    shown = table(found, "here")
+    rows = dict(zip(shown.columns[0].cells, shown.columns[1].cells))
+    assert {name: rows[name] for name in ("drafting", "all but drafting", "step")} == {
+        "drafting": "0.400", "all but drafting": "1.100", "step": "1.500",
+    }  # fmt: skip
+    parts = ("linear ×1", "gaps", "host", "drafting")
+    assert sum(float(str(rows[name])) for name in parts) == pytest.approx(1.5)
+    assert "5.0 rows, 4.0 of them drafted and 2.0 accepted" in str(shown.title)
 
 
 def record(kind: str = "decode", host: float = 1e-4, device: float = 1e-3) -> StepRecord:

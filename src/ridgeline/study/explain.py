@@ -8,7 +8,6 @@ calibration card says of the same steps stands beside them.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -309,11 +308,12 @@ def _prices_kept(built: Built) -> Iterator[None]:
     if speculator is None:
         yield
         return
-    seconds, speculator.seconds = speculator.seconds, copy.deepcopy(speculator.seconds)
+    kept = speculator.seconds, speculator.plain_seconds
+    speculator.seconds, speculator.plain_seconds = (one.copy() for one in kept)
     try:
         yield
     finally:
-        speculator.seconds = seconds
+        speculator.seconds, speculator.plain_seconds = kept
 
 
 def _explained(

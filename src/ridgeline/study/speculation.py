@@ -424,7 +424,7 @@ class Recorder:
     def _hear_step(self, record: StepRecord) -> None:
         """A step's rounds are told before its record."""
         rows = sum(new for new, _ in record.spans) - record.drafted
-        plain_s = self._speculator.seconds(rows) if rows == record.sampled else None
+        plain_s = self._speculator.plain_seconds(rows) if rows == record.sampled else None
         self.rounds += [(one, plain_s) for one in self._fresh]
         self._fresh.clear()
         self.steps.append(HeardStep(record, plain_s, self._speculator.sizes, self._built.engine.overlap))
