@@ -178,6 +178,7 @@ BAD_CHATS: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
             [{"content": "a"}], ["a"], [{"role": "user", "content": 5}], [{"role": "user", "content": []}],
             [{"role": "user", "content": "a", "nonsense": 1}], [{"role": "tool", "content": "a"}],
             [{"role": "assistant", "tool_calls": []}], [{"role": "assistant", "tool_calls": [{"id": "1"}]}],
+            [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "a", "arguments": ""}}]}],
         )
     ],
     ("12", {"messages": USER * 100_000}, 400, "messages", None),

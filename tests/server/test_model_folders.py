@@ -145,7 +145,7 @@ def test_27_a_hostile_template_harms_no_one(tiny: Path, tmp_path: Path) -> None:
         for content in ("range", "class"):
             answer = server.post(CHAT, {"model": "tiny", "messages": [{"role": "user", "content": content}]})
             is_refusal(answer, 400, "messages")
-            assert "__class__" not in answer.text
+            assert "<class" not in answer.text
         fine = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
         assert server.post(CHAT, fine).status_code == 200
         vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]

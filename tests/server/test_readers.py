@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,27 +127,3 @@ def test_33_whoever_leaves_in_the_drain_is_not_waited_for() -> None:
             time.sleep(0.005)
         link.close()
         assert server.process.wait(120) == 0  # its request would take 180 s
-
-
-@pytest.mark.slow
-def test_34_a_hundred_that_do_not_read_leave_steps_as_they_are() -> None:
-    """Two seats are left; the canary takes no longer than beside a hundred that do read."""
-    options = ("--max-num-seqs", "102", "--set", "stall_timeout_s=600", "--set", "max_stream_bytes=1000000000")
-    with served(*options, "--kv-cache-memory-bytes", "800000000") as server, contextlib.ExitStack() as stack:
-        body = {**CANARY, "prompt": [7] * 100, "max_tokens": 1500, "ignore_eos": True, "logprobs": 5}
-        for _ in range(100):
-            stack.enter_context(unread(server, body))
-        server.busy(100)
-        took = {}
-        for when in ("at first", "later"):
-            times = []
-            for _ in range(9):
-                began = time.monotonic()
-                server.canary()
-                times.append(time.monotonic() - began)
-            took[when] = sorted(times)[4]
-            if when == "at first":
-                server.until(lambda info: info["engine"]["steps"] > 900, 300)  # 800 kB a stream: buffers are full
-        assert took["later"] < 3 * took["at first"]  # contexts are eight times as long
-        memory = int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())[1])  # type: ignore[index]
-        assert memory < 1_500_000

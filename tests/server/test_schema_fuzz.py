@@ -108,14 +108,14 @@ def test_no_operation_is_left_out(server: Served) -> None:
     assert {f"{method.upper()} {path}" for path, found in raw["paths"].items() for method in found} == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
-@pytest.mark.parametrize("label", OPERATIONS)
+@pytest.mark.parametrize(
+    ("label", "mode"),
+    [(label, mode) for label in OPERATIONS for mode in GenerationMode if mode.is_positive or label.startswith("POST")],
+)
 def test_every_answer_is_described(server: Served, label: str, mode: GenerationMode) -> None:
+    """Data that do not fit are for those who take some: any text may stand in a path."""
     method, path = label.split()
     operation = published(server)[path][method]
-    if mode.is_negative and not operation.body and not operation.path_parameters:
-        checked(operation.Case(), server)  # there is nothing in it that could be wrong
-        return
 
     @settings(CALM, max_examples=6)
     @given(operation.as_strategy(generation_mode=mode))

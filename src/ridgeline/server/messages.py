@@ -48,11 +48,9 @@ _CALL = {
             "type": "object",
             "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
             "required": ["name", "arguments"],
-            "additionalProperties": False,
         },
     },
     "required": ["id", "type", "function"],
-    "additionalProperties": False,
 }
 
 
@@ -161,12 +159,12 @@ def _calls(number: int, calls: Any) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, Mapping) else None
         if (
             not isinstance(function, Mapping)
-            or call.get("type", "function") != "function"
+            or call.get("type") != "function"
             or not isinstance(call.get("id"), str)
             or not isinstance(function.get("name"), str)
             or not isinstance(function.get("arguments"), str)
         ):
-            raise _bad(f"{number} has a tool call without id, or name and arguments as strings")
+            raise _bad(f"{number} has a tool call without type function, id, or name and arguments as strings")
         try:
             arguments: Any = json.loads(function["arguments"] or "{}")
         except (ValueError, RecursionError):

@@ -33,7 +33,9 @@ ERROR = {
 ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504)
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 NULL = {"type": "null"}
-COMPLETED: Mapping[str, Mapping[str, Any]] = {JSON: ANY_OBJECT, EVENTS: {"type": "string"}}
+EVENT: Mapping[str, Any] = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+"""A server-sent event; its data are a JSON object, or [DONE]."""
+COMPLETED: Mapping[str, Mapping[str, Any]] = {JSON: ANY_OBJECT, EVENTS: EVENT}
 """A completion or a chat, whole or as a stream."""
 
 

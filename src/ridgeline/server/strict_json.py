@@ -31,9 +31,9 @@ def parse(raw: bytes, max_depth: int, max_values: int) -> dict[str, Any]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise _invalid("is not UTF-8") from None
-    hooks: dict[str, Any] = (
-        {"parse_float": _float, "parse_int": _integer} if raw.count(b",") < MANY or _may_overflow(raw) else {}
-    )
+    hooks: dict[str, Any] = {}
+    if raw.count(b",") < MANY or raw.count(b":") > MANY or _may_overflow(raw):
+        hooks = {"parse_float": _float, "parse_int": _integer}  # with many keys also for the sake of others: they yield
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, **hooks)
     except RecursionError:
