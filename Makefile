@@ -17,7 +17,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	@$(VENV)/bin/ridgeline generate --explain
+	@$(VENV)/bin/ridgeline generate --explain --speculative-config tree
 
 # Tests that wait, time, or are processes talking to each other have the machine alone. The others share it, each worker
 # with one thread (those about threads ask for more); a file stays with one worker.

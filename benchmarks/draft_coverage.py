@@ -77,12 +77,12 @@ def measure(options: argparse.Namespace) -> Record:
     for temperature in options.temperatures:
         start = time.perf_counter()
         rows = continued(target, openings, options.tokens, temperature)
-        one = report(target, {SSM: small}, rows, temperature)
+        one = report({SSM: small}, rows, temperature)
         reports.append(one)
         tables(record, one)
         print(f"temperature {temperature}: {time.perf_counter() - start:.0f} s", flush=True)
     record.summary = {"costs": costs({SSM: parameter_count(small)}), "reports": reports}
-    for way in ("union", "stacking"):
+    for way in ("union", "stacking", "apart", "chain"):
         name = f"{SSM} + {NGRAM}, {way}"
         value = judged(name, reports)
         record.target(
@@ -112,9 +112,10 @@ def tables(record: Record, one: dict[str, Any]) -> None:
                 [
                     name,
                     *(f"{arm['covered'][str(count)]:.3f}" for count in COVERED),
-                    " ".join(f"{share:.2f}" for share in arm["by_depth"]["1"]),
+                    " ".join(f"{share:.2f}" for share in arm["by_depth"]["1"]) if "by_depth" in arm else "",
                 ]
                 for name, arm in one[key].items()
+                if arm["covered"]
             ],
         )
         record.table(

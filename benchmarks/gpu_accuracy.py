@@ -281,7 +281,11 @@ class _Sizes:
 
 def overlaps(card: MachineCard, held: Held) -> list[tuple[Any, ...]]:
     """Held-out points that the card holds."""
-    known = set(card.points())
+    return sorted(points_of(held) & set(card.points()))
+
+
+def points_of(held: Held) -> set[tuple[Any, ...]]:
+    """All of a held-out model's points, as a card would name them."""
     spec = held.planner.spec
     heads = (float(spec.heads), float(spec.kv_heads), float(spec.head_dim))
     found: set[tuple[Any, ...]] = set()
@@ -292,7 +296,7 @@ def overlaps(card: MachineCard, held: Held) -> list[tuple[Any, ...]]:
         found |= {(name, sizes, tokens, 0.0) for name, sizes, tokens in seen.found}
         place = (cell.requests, cell.length) if cell.phase == "decode" else (cell.length, 1)
         found.add(("attention", heads, *map(float, place)))
-    return sorted(found & known)
+    return found
 
 
 Rule = tuple[float, float, str]

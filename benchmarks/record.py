@@ -28,6 +28,7 @@ from benchmarks import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("ridgeline", "torch", "numpy", "numba", "llvmlite", "transformers", "tokenizers", "safetensors", "triton")
+RESULTS_OF_RUNS = (":!benchmarks/results", ":!docs/plots")
 RESAMPLES = 10_000
 GPU_FIELDS = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
 
@@ -306,7 +307,7 @@ def versions() -> dict[str, str]:
 
 
 def commit(given: str | None = None) -> dict[str, Any]:
-    """The commit of the tree and whether it has changes (new results beside it are none).
+    """The commit of the tree and whether it has changes (new results and pictures beside it are none).
 
     A commit that is given counts, and whether the tree had changes is not known then: where a copy of the
     tree is measured, git speaks of what it was copied over.
@@ -316,7 +317,7 @@ def commit(given: str | None = None) -> dict[str, Any]:
         return {"id": given, "dirty": None}
     return {
         "id": found,
-        "dirty": bool(_output(["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"])),
+        "dirty": bool(_output(["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *RESULTS_OF_RUNS])),
     }
 
 

@@ -1,4 +1,5 @@
-"""Writes the model card from the list of the corpus and the measured numbers.
+"""Writes the model card, and the part of the README on further small models, from the list of the corpus and the
+measured numbers.
 
 Knows how to say things in Markdown. Measures nothing: each number on the card is read from `corpus.json` or
 `results.json`, or follows from them by arithmetic.
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+
+from training.coverage import GAIN, JUDGED
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -95,6 +98,86 @@ def _held_out(held_out: dict[str, Any]) -> str:
         files = sum(one["files"] for one in held_out["packages"].values())
         rows.append((label, files, total, f"{model:.3f}", f"{xz:.3f}", f"{model / xz:.1%}"))
     return _table(("held out", "files", "bytes", "target, bits/byte", "xz -9, bits/byte", "target / xz"), rows)
+
+
+def paying(results: dict[str, Any]) -> str | None:
+    """The further small model that gains enough beside the first one, combined in whichever way, to ship."""
+    most: dict[str, float] = {}
+    for arm, value in results["pairs"]["judged"].items():
+        names = arm.split(", ")[0].split(" + ")
+        if len(names) == 2 and names[1] in results["second"]:
+            most[names[1]] = max(value, most.get(names[1], 0.0))
+    label = max(most, key=lambda one: most[one], default=None)
+    return label if label is not None and most[label] >= GAIN else None
+
+
+def _pair_table(report: dict[str, Any], costs: dict[str, Any], key: str) -> str:
+    nodes = (4, *JUDGED)
+    rows = []
+    for arm, one in report[key].items():
+        cost = costs[arm.split(", ")[0]]
+        trees = [one["trees"][str(count)] for count in nodes]
+        rows.append((
+            arm,
+            _bytes(cost["bytes"]),
+            cost["passes"],
+            *(f"{one['covered'][str(count)]:.3f}" if one["covered"] else "" for count in (1, 2, 4, 8)),
+            *(f"{tree['accepted']:.2f}, {tree['beside_first'][0]:.3f}x" for tree in trees),
+        ))  # fmt: skip
+    head = ("drafters", "weights read a level", "passes", *(f"k = {count}" for count in (1, 2, 4, 8)))
+    return _table((*head, *(f"{count} nodes" for count in nodes)), rows)
+
+
+def second_section(results: dict[str, Any]) -> str:
+    """What further small models are worth beside the first, in numbers; what to do if there are none yet."""
+    if "pairs" not in results:
+        return (
+            "Not trained yet. `python -m training.make boosting --prompts HumanEval.jsonl` trains the models, measures "
+            "them and writes this part."
+        )
+    pairs, second = results["pairs"], results["second"]
+    parts = [
+        "Share of the target's tokens among the best k proposals, and tokens that a static tree of so many nodes has "
+        "accepted a pass (beside the SSM alone at equal nodes). Greedy, then at temperature 0.8 with the noise that "
+        "chooses. Weights in bfloat16; a level is one more token of depth.",
+        _table(
+            ("further model", "starts at", "steps", "tokens a step", "time", "parameters"),
+            (
+                (label, one["kind"]["start"], f"{one['steps']:,}", f"{one['tokens_per_step']:,}",
+                 f"{one['training_seconds']:.0f} s", f"{one['parameters']:,}")
+                for label, one in second.items()
+            ),
+        ),
+    ]  # fmt: skip
+    for report in pairs["reports"]:
+        warmth = f"temperature {report['temperature']}" if report["temperature"] else "greedy"
+        parts += [
+            f"**{report['texts']}, {warmth}** ({report['rows']} texts, {report['continued_tokens']} tokens each, "
+            f"{report['looping_rows']} of them loop)",
+            _pair_table(report, pairs["costs"], "arms"),
+        ]
+    least = sorted(pairs["judged"].items(), key=lambda item: -item[1])
+    parts.append(
+        f"The rule: a second model ships if the two gain {GAIN - 1:.0%} accepted tokens a verified node, the mean over "
+        f"trees of {', '.join(map(str, JUDGED))} nodes, in the worst of these tables. By it: "
+        + ", ".join(f"{arm} {value:.3f}x" for arm, value in least)
+        + "."
+    )
+    label = paying(results)
+    parts.append(
+        "No second model ships: none gains that much." if label is None else f"`{label}` ships as `assets/second`."
+    )
+    return "\n\n".join(parts)
+
+
+BEGIN, END = "<!-- written by `python -m training.make card` -->", "<!-- end of what is written -->"
+
+
+def with_second(readme: str, results: dict[str, Any]) -> str:
+    """The README with its part on further small models as the numbers have it."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{second_section(results)}\n{END}{after}"
 
 
 def model_card(listing: dict[str, Any], results: dict[str, Any]) -> str:
@@ -185,6 +268,7 @@ def model_card(listing: dict[str, Any], results: dict[str, Any]) -> str:
         f"anywhere), each continued by the target for {accepted['continued_tokens']} tokens; mean over all continued "
         "positions, target and SSM given the same tokens. The first row is the chance that one drafted token is "
         "accepted in speculative sampling at temperature 1, the second in greedy decoding.",
+        *(("## Further small models", second_section(results)) if "pairs" in results else ()),
         "## Limits",
         "A model of this size has the form of Python, not its sense: names go astray, long programs lose the thread, "
         "English is poor, other languages are absent. It has seen 2,048 tokens at once and no more. It may repeat "

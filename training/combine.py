@@ -78,16 +78,18 @@ def mixture(log_qs: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return torch.logsumexp(torch.stack([log_q + weight for log_q, weight in zip(log_qs, weights)]), 0)
 
 
-def features(drafters: Sequence[Drafter], candidates: Tensor) -> Tensor:
-    """What the drafters say of candidates [N, many]: float32[N, many, features].
+def features(drafters: Sequence[Drafter], candidates: Tensor, noise: Tensor | None) -> Tensor:
+    """What is known of candidates [N, many] before the target speaks: float32[N, many, features].
 
     Two of each model: log q, and the logarithm of 1 + the rank by q, without noise, of as many ranks as the drafter has
-    tokens. One of each length of match of an n-gram lookup: whether it proposes the candidate on such a match.
+    tokens. One of each length of match of an n-gram lookup: whether it proposes the candidate on such a match. With
+    noise [N, vocabulary], the candidate's noise comes last.
     """
+    ids = candidates.clamp_min(0)
     found = []
     for one in drafters:
         if one.log_q is not None:
-            found.append(one.log_q.gather(-1, candidates.clamp_min(0)).clamp_min(LOWEST))
+            found.append(one.log_q.gather(-1, ids).clamp_min(LOWEST))
             known = one.tokens.shape[1]
             same = candidates[:, :, None] == best(one.log_q, None, known)[:, None, :]
             rank = torch.where(same.any(-1), same.to(torch.int8).argmax(-1), known)
@@ -95,75 +97,63 @@ def features(drafters: Sequence[Drafter], candidates: Tensor) -> Tensor:
         elif one.lengths is not None:
             same = (candidates[:, :, None] == one.tokens[:, None, :]) & (one.tokens[:, None, :] != ABSENT)
             found += [(same & (one.lengths[:, None, :] == length)).any(-1).float() for length in MATCHES]
-    return torch.stack(found, -1)
+    return torch.stack(found if noise is None else [*found, noise.gather(-1, ids)], -1)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Candidates of N places with what is known of them: tokens and noise [N, many], features [N, many, features], and
-    goals [N, many], the probability that each is the target's token."""
+    """Candidates of N places: tokens [N, many], features [N, many, features], and which one, if any, the target chose,
+    bool[N, many]."""
 
     tokens: Tensor
-    noise: Tensor | None
     features: Tensor
-    goals: Tensor
-
-    def scores(self, weights: Tensor) -> Tensor:
-        """Logarithms of probabilities up to a constant of each place; nothing for ABSENT."""
-        return (self.features.to(weights) @ weights).masked_fill(self.tokens == ABSENT, float("-inf"))
+    chosen: Tensor
 
     def children(self, weights: Tensor, count: int) -> Tensor:
-        """The candidates by their scores plus noise, best first: int64[N, count]."""
-        scores = self.scores(weights)
-        order = (scores if self.noise is None else scores + self.noise).argsort(dim=-1, descending=True, stable=True)
-        return self.tokens.gather(-1, order)[:, :count]
-
-    def where(self, places: Tensor) -> Stack:
-        """The same of some places, bool[N]."""
-        noise = None if self.noise is None else self.noise[places]
-        return Stack(self.tokens[places], noise, self.features[places], self.goals[places])
+        """The candidates by their scores, best first, ABSENT last: int64[N, count]."""
+        scores = (self.features.to(weights) @ weights).masked_fill(self.tokens == ABSENT, float("-inf"))
+        return self.tokens.gather(-1, scores.argsort(dim=-1, descending=True, stable=True))[:, :count]
 
 
-def stack(drafters: Sequence[Drafter], noise: Tensor | None, goals: Tensor) -> Stack:
-    """The candidates of all drafters; noise and goals [N, vocabulary]."""
+def stack(drafters: Sequence[Drafter], noise: Tensor | None, chosen: Tensor) -> Stack:
+    """The candidates of all drafters; noise [N, vocabulary], and the target's tokens int64[N]."""
     tokens = union(drafters, sum(one.tokens.shape[1] for one in drafters))
-    known = tokens != ABSENT
-    ids = tokens.clamp_min(0)
-    return Stack(
-        tokens,
-        None if noise is None else noise.gather(-1, ids),
-        features(drafters, tokens),
-        goals.gather(-1, ids) * known,
-    )
+    return Stack(tokens, features(drafters, tokens, noise), tokens == chosen[:, None])
 
 
 def joined(stacks: Sequence[Stack]) -> Stack:
     """Several stacks of the same drafters, one behind the other."""
-    noise = [one.noise for one in stacks if one.noise is not None]
     return Stack(
         torch.cat([one.tokens for one in stacks]),
-        torch.cat(noise) if noise else None,
         torch.cat([one.features for one in stacks]),
-        torch.cat([one.goals for one in stacks]),
+        torch.cat([one.chosen for one in stacks]),
     )
 
 
-def fitted(known: Stack, penalty: float = 1e-3) -> Tensor:
-    """Weights float64[features] by which a softmax of the scores comes nearest to the goals (a conditional logit),
-    held near those that trust the first drafter, a model, alone."""
+def fitted(known: Stack, noisy: bool, penalty: float = 1e-3) -> Tensor:
+    """Weights float64[features] by which a softmax of the scores best tells the chosen candidates (a conditional
+    logit), held near those that trust the first drafter, a model, alone; `noisy` says that noise is the last feature.
+
+    The noise is a feature like the others because it is known when a tree is drafted: with it the scores tell
+    what the target will choose here, not what it would choose in the mean.
+    """
     prior = torch.zeros(known.features.shape[-1], dtype=torch.float64, device=known.features.device)
     prior[0] = 1.0
+    if noisy:
+        prior[-1] = 1.0
     weights = prior.clone().requires_grad_()
-    absent = known.tokens == ABSENT
-    goals, inputs = known.goals.double(), known.features.double()
+    told = known.chosen.any(-1)
+    absent, inputs = (known.tokens == ABSENT)[told], known.features[told].double()
+    goals = known.chosen[told].to(torch.int8).argmax(-1)
     optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        log_shares = functional.log_softmax((inputs @ weights).masked_fill(absent, -1e4), -1)
-        value = -(goals * log_shares).sum() / goals.sum().clamp_min(1e-9) + penalty * (weights - prior).square().sum()
+        scores = (inputs @ weights).masked_fill(absent, -1e4)
+        value = functional.cross_entropy(scores, goals) + penalty * (weights - prior).square().sum()
         value.backward()
         return value
 
-    optimizer.step(loss)
+    if len(goals):
+        optimizer.step(loss)
     return weights.detach()

@@ -17,7 +17,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -334,9 +334,15 @@ def _functions_of(file: SourceFile) -> tuple[list[str], list[str]]:
         return function_documents(file.text, file.digest), function_documents(file.text, file.digest, True)
 
 
-def build(work: Path, prompts: Iterable[str], workers: int) -> Corpus:
-    """Collects the corpus and writes `train.jsonl`, `functions.jsonl`, `held_out.jsonl` and `corpus.json` to `work`."""
+def build(work: Path, prompts: Iterable[str], workers: int, only: Sequence[str] = ()) -> Corpus:
+    """Collects the corpus and writes `train.jsonl`, `functions.jsonl`, `held_out.jsonl` and `corpus.json` to `work`.
+
+    `only` names the packages to read; without names all are read. Raises ValueError for one that is not there.
+    """
     packages, entries, refused = installed_sources()
+    if missing := [name for name in only if name not in packages]:
+        raise ValueError(f"not installed here under a permissive licence: {', '.join(missing)}; leave the names out")
+    entries = [entry for entry in entries if not only or entry[0] in only]
     dropped: Counter[str] = Counter()
     files: list[SourceFile] = []
     with ProcessPoolExecutor(workers) as pool:

@@ -6,6 +6,10 @@ log q / T + G, with G from (seed, position) alone (ops/sample.py). All follows f
 the target's token among the children that a way of combining puts in order. A static tree is a set of paths of
 places; it is chosen on half of the rows for the most accepted tokens and measured on the other half, as is all that is
 learned (weights, shares), and then the other way round.
+
+Most ways order the children of every node, whoever drafted the nodes above. Two do not: "apart" merges whole trees, one
+of each drafter (SpecInfer's merge by path), and "chain" spends some nodes on what followed the last n-gram, if it was
+there before. Their equal nodes are counted twice, so they verify at most as many nodes as it says.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -49,11 +55,16 @@ NODES = (2, 4, 8, 16, 32, 64)
 DEPTH = 6
 """Tokens on a tree's longest path."""
 
+TEMPERATURES = (0.0, 0.8)
+
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Shares of the first model in a mixture of two, the likeliest of which is taken."""
 
 VOTED = 4
 """Proposals of each model that count as its votes."""
+
+CHAINS = (0, 1, 2, 3, 4, 6)
+"""Nodes that a chain behind an n-gram match may have."""
 
 LOOP_TOKENS, LOOP_TIMES = 8, 3
 """A continuation that says so many tokens so often is looping."""
@@ -119,57 +130,59 @@ def _continued_together(target: Llama, ids: Tensor, count: int, temperature: flo
     return ids
 
 
-def lookups(ids: Tensor, known: int) -> tuple[Tensor, Tensor]:
+def lookups(ids: Tensor, known: int) -> tuple[Tensor, Tensor, Tensor]:
     """What an n-gram lookup proposes for each continued position: tokens and lengths of match, int64[count, BRANCHES],
-    ABSENT where there is none. The lookup knows the row up to that position."""
+    ABSENT where there is none; and how many of the DEPTH tokens behind the best match are those of the row,
+    int64[count], ABSENT without a match. The lookup knows the row up to that position."""
     tokens = ids.tolist()
     proposals = torch.full((len(tokens) - known, BRANCHES), ABSENT)
-    lengths = torch.zeros_like(proposals)
+    lengths, runs = torch.zeros_like(proposals), proposals[:, 0].clone()
     index = SuffixIndex()
     for place in range(known, len(tokens)):
         before = tokens[:place]
         index.extend(before)
         seen: dict[int, int] = {}
         for length, at in index.matches(before):
+            if not seen:
+                ahead = zip(before[at : at + DEPTH], tokens[place:])
+                runs[place - known] = len(list(takewhile(lambda pair: pair[0] == pair[1], ahead)))
             seen.setdefault(before[at], length)
         for branch, (token, length) in enumerate(seen.items()):
             proposals[place - known, branch], lengths[place - known, branch] = token, length
-    return proposals, lengths
+    return proposals, lengths, runs
 
 
 @dataclass(frozen=True)
 class Places:
-    """Everything about the positions of some rows: the target's tokens [N], its distribution as goals [N, vocabulary],
-    the noise (None: greedy), and each drafter."""
+    """Everything about the continued positions of one row: the target's tokens [N], the noise (None: greedy), each
+    drafter, and how far n-gram matches run [N]."""
 
     chosen: Tensor
-    goals: Tensor
     noise: Tensor | None
     drafters: dict[str, Drafter]
+    runs: Tensor
 
 
 NGRAM = "n-gram"
 
 
 @torch.no_grad()
-def places(target: Llama, models: Mapping[str, Llama], rows: Rows, temperature: float) -> Iterator[Places]:
-    """The positions of one row after the other. Goals: the target's token if greedy, else its distribution."""
+def places(models: Mapping[str, Llama], rows: Rows, temperature: float) -> Iterator[Places]:
+    """The positions of one row after the other."""
     for row, (ids, known) in enumerate(zip(rows.ids, rows.known)):
-        inputs, chosen = ids[None, :-1], ids[known:]
-        vocabulary = target.sizes.vocab_size
+        inputs = ids[None, :-1]
         noise = None
-        goals = torch.nn.functional.one_hot(chosen, vocabulary).float()
         if temperature:
             at = torch.arange(known, len(ids), device=ids.device)
+            vocabulary = next(iter(models.values())).sizes.vocab_size
             noise = gumbel(torch.full_like(at, rows.seed(row)), at, vocabulary)
-            goals = (target(inputs)[0, known - 1 :].float() / temperature).softmax(-1)
         drafters = {}
         for name, model in models.items():
             logits = model(inputs)[0, known - 1 :].float() / (temperature or 1.0)
             drafters[name] = drafter(logits.log_softmax(-1), noise, CHILDREN)
-        tokens, lengths = lookups(ids, known)
+        tokens, lengths, runs = lookups(ids, known)
         drafters[NGRAM] = Drafter(tokens.to(ids.device), lengths=lengths.to(ids.device))
-        yield Places(chosen, goals, noise, drafters)
+        yield Places(ids[known:], noise, drafters, runs)
 
 
 def found_at(children: Tensor, chosen: Tensor) -> Tensor:
@@ -197,9 +210,10 @@ class Arm:
 
 
 def arms_of(models: Sequence[str]) -> list[Arm]:
-    """Every model alone, the first with each other one in every way, the first with n-grams."""
+    """Every model alone, the first with each other one in every way, the first with n-grams. The first one stacked
+    alone shows what of a stack's gain comes from calibration."""
     first, *others = models
-    arms = [Arm((name,)) for name in (*models, NGRAM)]
+    arms = [Arm((name,)) for name in (*models, NGRAM)] + [Arm((first,), "stacking")]
     for name in others:
         arms += [Arm((first, name), way) for way in (*COMBINATIONS, "weighting", "stacking")]
     return [*arms, *(Arm((first, NGRAM), way) for way in ("union", "stacking"))]
@@ -223,11 +237,11 @@ class _Gathered:
             log_qs = [log_q for name in arm.names if (log_q := at.drafters[name].log_q) is not None]
             mixed = [mixture(log_qs, (share, 1 - share)) for share in SHARES]
             self.by_share.append(torch.stack([found_at(best(log_q, at.noise, CHILDREN), at.chosen) for log_q in mixed]))
-            self.likelihood.append(torch.stack([(at.goals * log_q).sum(-1).mean() for log_q in mixed]))
+            self.likelihood.append(torch.stack([log_q.gather(-1, at.chosen[:, None]).mean() for log_q in mixed]))
         else:
-            self.stacks.append(stack([at.drafters[name] for name in arm.names], at.noise, at.goals))
+            self.stacks.append(stack([at.drafters[name] for name in arm.names], at.noise, at.chosen))
 
-    def settle(self, arm: Arm, rows: Rows) -> tuple[np.ndarray, list[list[float]]]:
+    def settle(self, arm: Arm, rows: Rows, noisy: bool) -> tuple[np.ndarray, list[list[float]]]:
         """Places int64[rows, count], and what was learned on the other half of the rows, for each half."""
         count = len(rows.ids)
         learned: list[list[float]] = []
@@ -242,12 +256,16 @@ class _Gathered:
                 for row in mine:
                     found[row] = self.by_share[row][share].cpu()
             else:
-                weights = fitted(joined([self.stacks[row] for row in others]))
+                weights = fitted(joined([self.stacks[row] for row in others]), noisy)
                 learned.append(weights.tolist())
                 for row in mine:
                     chosen = rows.ids[row][rows.known[row] :]
                     found[row] = found_at(self.stacks[row].children(weights, CHILDREN), chosen).cpu()
         return found.numpy(), learned
+
+
+Found = tuple[np.ndarray, ...]
+"""The place of the target's token in one list of children, int64[rows, count], or in each of several lists."""
 
 
 def grown(law: Sequence[float], nodes: int, depth: int) -> list[tuple[int, ...]]:
@@ -305,12 +323,50 @@ def by_depth(found: np.ndarray, width: int, depth: int = DEPTH) -> list[float]:
     return shares
 
 
-def tree_accepted(found: np.ndarray, nodes: int) -> np.ndarray:
-    """Accepted tokens of each row in the mean, float64[rows]: each half by the tree that suits the other half."""
+def parts(count: int, among: int) -> list[int]:
+    """So many nodes shared out evenly, those before the others."""
+    return [count // among + (one < count % among) for one in range(among)]
+
+
+def covered(found: Found, count: int) -> float:
+    """Share of the target's tokens among `count` proposals, shared out evenly where there are several lists."""
+    each = [places_found < part for places_found, part in zip(found, parts(count, len(found)))]
+    return float(np.logical_or.reduce(each).mean())
+
+
+def tree_accepted(found: Found, nodes: int) -> np.ndarray:
+    """Accepted tokens of each row in the mean, float64[rows]: each half by the trees that suit the other half. With
+    several lists of places, each has a tree of its share of the nodes, and the one that goes deeper counts."""
+    means = np.empty(len(found[0]))
+    for half in (0, 1):
+        tokens = [
+            accepted(grown(law_of(one[1 - half :: 2]), part, DEPTH), one[half::2])
+            for one, part in zip(found, parts(nodes, len(found)))
+        ]
+        means[half::2] = np.maximum.reduce(tokens).mean(1)
+    return means
+
+
+def chain_accepted(found: np.ndarray, runs: np.ndarray, nodes: int) -> np.ndarray:
+    """As `tree_accepted`, where a start with an n-gram match spends some nodes on a chain of what followed it.
+
+    runs: tokens of that chain that are right, int64[rows, count], ABSENT without a match. How many nodes it gets, none
+    included, is chosen on the other half too.
+    """
     means = np.empty(len(found))
     for half in (0, 1):
-        paths = grown(law_of(found[1 - half :: 2]), nodes, DEPTH)
-        means[half::2] = accepted(paths, found[half::2]).mean(1)
+        law = law_of(found[1 - half :: 2])
+        whole = grown(law, nodes, DEPTH)
+
+        def tokens(rows: slice, chain: int, law: list[float] = law, whole: list[tuple[int, ...]] = whole) -> np.ndarray:
+            alone = accepted(whole, found[rows])
+            ahead = runs[rows, : alone.shape[1]]
+            beside = np.maximum(accepted(grown(law, nodes - chain, DEPTH), found[rows]), np.minimum(ahead, chain))
+            return np.where(ahead == ABSENT, alone, beside).mean(1)
+
+        others, mine = slice(1 - half, None, 2), slice(half, None, 2)
+        chain = max((one for one in CHAINS if one < nodes), key=lambda one: tokens(others, one).mean())
+        means[mine] = tokens(mine, chain)
     return means
 
 
@@ -323,52 +379,72 @@ def gain(mine: np.ndarray, theirs: np.ndarray, resamples: int = 1000) -> list[fl
     return [float(ratio), *(float(one) for one in np.quantile(ratios, (0.025, 0.975)))]
 
 
-def summary(found: Mapping[str, np.ndarray], reference: str) -> dict[str, Any]:
+def summary(found: Mapping[str, Found], runs: np.ndarray, reference: str) -> dict[str, Any]:
     """The figures of each arm; trees beside those of the `reference` at equal nodes."""
     beside = {nodes: tree_accepted(found[reference], nodes) for nodes in NODES}
-    arms: dict[str, Any] = {}
-    for name, places_found in found.items():
-        trees = {}
+
+    def trees(accepted_of: Callable[[int], np.ndarray]) -> dict[str, Any]:
+        made = {}
         for nodes in NODES:
-            tokens = tree_accepted(places_found, nodes)
-            trees[str(nodes)] = {
-                "accepted": float(tokens.mean()),
-                "accepted_a_node": float(tokens.mean() / nodes),
-                "beside_first": gain(tokens, beside[nodes]),
+            tokens = accepted_of(nodes)
+            made[str(nodes)] = {
+                "accepted": round(float(tokens.mean()), 4),
+                "accepted_a_node": round(float(tokens.mean() / nodes), 5),
+                "beside_first": [round(one, 4) for one in gain(tokens, beside[nodes])],
             }
+        return made
+
+    arms: dict[str, Any] = {}
+    for name, lists in found.items():
         arms[name] = {
-            "covered": {str(count): float((places_found < count).mean()) for count in COVERED},
-            "law": law_of(places_found)[:8],
-            "by_depth": {str(width): by_depth(places_found, width) for width in (1, 4)},
-            "trees": trees,
+            "covered": {str(count): round(covered(lists, count), 4) for count in COVERED},
+            "trees": trees(partial(tree_accepted, lists)),
         }
+        if len(lists) == 1:
+            arms[name]["law"] = [round(share, 4) for share in law_of(lists[0])[:8]]
+            arms[name]["by_depth"] = {
+                str(width): [round(one, 4) for one in by_depth(lists[0], width)] for width in (1, 4)
+            }
+    arms[f"{reference} + {NGRAM}, chain"] = {
+        "covered": {},
+        "trees": trees(partial(chain_accepted, found[reference][0], runs)),
+    }
     return arms
 
 
-def report(target: Llama, models: Mapping[str, Llama], rows: Rows, temperature: float) -> dict[str, Any]:
-    """All arms on all rows, and on the rows that do not loop. `models`: the first small model comes first."""
+def report(models: Mapping[str, Llama], rows: Rows, temperature: float) -> dict[str, Any]:
+    """All arms on all rows, and on the rows that do not loop. `models`: the first small model comes first; the rows are
+    those that `continued` made at this temperature."""
     arms = arms_of(list(models))
     gathered = [_Gathered() for _ in arms]
-    for at in places(target, models, rows, temperature):
+    runs_of_rows = []
+    for at in places(models, rows, temperature):
+        runs_of_rows.append(at.runs.numpy())
         for arm, one in zip(arms, gathered):
             one.take(arm, at)
-    found, learned = {}, {}
+    found: dict[str, Found] = {}
+    learned = {}
     for arm, one in zip(arms, gathered):
-        found[str(arm)], what = one.settle(arm, rows)
+        places_found, what = one.settle(arm, rows, temperature > 0)
+        found[str(arm)] = (places_found,)
         if what:
             learned[str(arm)] = what
+    first, *others = models
+    for name in (*others, NGRAM):
+        found[f"{first} + {name}, apart"] = (*found[first], *found[name])
+    runs = np.stack(runs_of_rows)
     steady = [row for row, loops in enumerate(rows.looping()) if not loops]
-    first = next(iter(models))
     made: dict[str, Any] = {
         "temperature": temperature,
         "rows": len(rows.ids),
         "looping_rows": len(rows.ids) - len(steady),
         "continued_tokens": rows.count,
         "learned": learned,
-        "arms": summary(found, first),
+        "arms": summary(found, runs, first),
     }
     if len(steady) >= 4:
-        made["arms_without_loops"] = summary({name: places[steady] for name, places in found.items()}, first)
+        some = {name: tuple(one[steady] for one in lists) for name, lists in found.items()}
+        made["arms_without_loops"] = summary(some, runs[steady], first)
     return made
 
 

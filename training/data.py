@@ -5,6 +5,7 @@ Knows documents as runs of token ids and packs them end to end. Knows nothing of
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,7 +40,15 @@ class Packed:
 
     def __len__(self) -> int:
         """Tokens of one epoch, separators included."""
-        return len(self.tokens)
+        return int(self.lengths.sum())
+
+    def resampled(self, seed: int) -> Packed:
+        """As many documents, drawn from these with replacement: some twice or more, about 37 % not at all."""
+        draw = torch.Generator(device=self.device).manual_seed(seed)
+        chosen = torch.randint(len(self.starts), (len(self.starts),), generator=draw, device=self.device)
+        twin = copy.copy(self)
+        twin.starts, twin.lengths = self.starts[chosen], self.lengths[chosen]
+        return twin
 
     def epoch(self, seed: int) -> Tensor:
         """All documents in an order drawn from `seed`: int16[tokens]."""
@@ -47,8 +56,9 @@ class Packed:
         order = torch.randperm(len(self.starts), generator=draw, device=self.device)
         lengths = self.lengths[order]
         begins = torch.cumsum(lengths, 0) - lengths
-        shift = torch.repeat_interleave(self.starts[order] - begins, lengths, output_size=len(self.tokens))
-        return self.tokens[shift + torch.arange(len(self.tokens), device=self.device)]
+        count = len(self)
+        shift = torch.repeat_interleave(self.starts[order] - begins, lengths, output_size=count)
+        return self.tokens[shift + torch.arange(count, device=self.device)]
 
     def batches(self, rows: int, row_tokens: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless (inputs, targets), each int64[rows, row_tokens]; targets are one position ahead."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,14 @@ from training.train import Objective, cross_entropy, divergence
 CONTINUED_ROW_TOKENS = 512
 PREFIX_TOKENS = (32, 64, 128, 256)
 
+Emphasis = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From inputs [rows, tokens] and the teacher's logits: the logits to learn from, and the weight of each position."""
 
-def _compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+T = TypeVar("T")
+
+
+def compiled_on(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
+    """The function, compiled for its shapes where that pays."""
     return torch.compile(function, dynamic=False) if device.type == "cuda" else function
 
 
@@ -33,7 +40,7 @@ def plain_objective(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], 
         with mixed_precision(device):
             return cross_entropy(model(inputs), targets)
 
-    compiled = _compiled(loss, device)
+    compiled = compiled_on(loss, device)
     return lambda _: compiled(*next(batches))
 
 
@@ -43,25 +50,31 @@ def distillation_objective(
     batches: Iterator[tuple[Tensor, Tensor]],
     continued: Iterator[Tensor],
     device: torch.device,
+    emphasis: Emphasis | None = None,
 ) -> Objective:
-    """Divergence from the teacher, the mean of two halves: corpus `batches`, and rows of `continued` text."""
+    """Divergence from the teacher, the mean of two halves: corpus `batches`, and rows of `continued` text.
 
-    def loss(inputs: Tensor, teacher_logits: Tensor) -> Tensor:
+    `emphasis` may say for each half which positions count and what is learned there."""
+
+    def loss(inputs: Tensor, teacher_logits: Tensor, weights: Tensor | None) -> Tensor:
         with mixed_precision(device):
-            return divergence(student(inputs), teacher_logits)
+            return divergence(student(inputs), teacher_logits, weights)
 
     def judge(inputs: Tensor) -> Tensor:
         with mixed_precision(device):
             return teacher(inputs)
 
-    compiled_loss, compiled_judge = _compiled(loss, device), _compiled(judge, device)
+    compiled_loss, compiled_judge = compiled_on(loss, device), compiled_on(judge, device)
 
     def objective(_: int) -> Tensor:
         total = torch.zeros((), device=device)
         for inputs in (next(batches)[0], next(continued)):
+            weights = None
             with torch.no_grad():
                 teacher_logits = compiled_judge(inputs)
-            total = total + compiled_loss(inputs, teacher_logits) / 2
+                if emphasis is not None:
+                    teacher_logits, weights = emphasis(inputs, teacher_logits)
+            total = total + compiled_loss(inputs, teacher_logits, weights) / 2
         return total
 
     return objective

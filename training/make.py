@@ -2,6 +2,7 @@
 
 Knows the order of the stages, what each reads and writes in the work folder, and how much each may spend. Each stage
 can be run alone; its numbers are added to `results.json`. How a stage does its work only the other modules know.
+`boosting` stands for the stages that start from the models that ship and train others beside the small one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from training import card, corpus, evaluate
+from training import boost, card, corpus, coverage, evaluate
 from training.data import Packed
 from training.distill import continue_corpus, distillation_objective, endless_rows, plain_objective
 from training.export import read_model, write_model
@@ -33,12 +34,16 @@ HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "src" / "ridgeline" / "assets"
 
 
-def record(work: Path, key: str, content: dict[str, Any]) -> None:
+def recorded(folder: Path) -> dict[str, Any]:
+    """The numbers of all stages so far."""
+    path = folder / "results.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def record(folder: Path, key: str, content: Any) -> None:
     """Adds one stage's numbers to `results.json`."""
-    path = work / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results[key] = content
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps({**recorded(folder), key: content}, indent=1) + "\n")
 
 
 def chosen_device() -> torch.device:
@@ -60,7 +65,7 @@ def machine() -> str:
 def make_corpus(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     prompts = [prompt for _, prompt in evaluate.read_prompts(arguments.prompts)]
-    corpus.build(arguments.work, prompts, arguments.workers)
+    corpus.build(arguments.work, prompts, arguments.workers, arguments.packages)
     listing = json.loads((arguments.work / "corpus.json").read_text())
     sizes = {key: listing[key] for key in ("files_read", "files_dropped", "files_kept", "bytes_kept")}
     record(arguments.work, "corpus", {**sizes, "seconds": time.perf_counter() - start})
@@ -82,13 +87,20 @@ def make_tokenizer(arguments: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(chosen, arguments.vocabulary)
     save_tokenizer(tokenizer, work / "tokenizer", TARGET.max_position_embeddings)
     counts: dict[str, Any] = {"trained_on_bytes": total, "vocabulary": tokenizer.get_vocab_size()}
+    counts |= _encode(tokenizer, work)
+    record(work, "tokenizer", {**counts, "seconds": time.perf_counter() - start})
+    print(json.dumps(counts))
+
+
+def _encode(tokenizer: Tokenizer, work: Path) -> dict[str, Any]:
+    """Writes the token files of all splits; their sizes."""
+    counts: dict[str, Any] = {}
     for name in ("train", "functions", "bodies", "held_out"):
         rows = [row["text"] for row in corpus.read_texts(work / f"{name}.jsonl")]
         documents, tokens = encode_files(tokenizer, rows, work / name)
         size = sum(len(row.encode()) for row in rows)
         counts[name] = {"documents": documents, "tokens": tokens, "bytes_per_token": size / tokens}
-    record(work, "tokenizer", {**counts, "seconds": time.perf_counter() - start})
-    print(json.dumps(counts))
+    return counts
 
 
 def _summary(model: Llama, run: Run, tokens_per_step: int, recipe: Recipe, started: float) -> dict[str, Any]:
@@ -273,6 +285,138 @@ def make_card(arguments: argparse.Namespace) -> None:
     listing, results = (json.loads((HERE / name).read_text()) for name in ("corpus.json", "results.json"))
     arguments.assets.mkdir(parents=True, exist_ok=True)
     (arguments.assets / "MODEL_CARD.md").write_text(card.model_card(listing, results))
+    (HERE / "README.md").write_text(card.with_second((HERE / "README.md").read_text(), results))
+
+
+def make_shipped(arguments: argparse.Namespace) -> None:
+    """Puts the models and the tokenizer that ship where the later stages look for them."""
+    work = arguments.work
+    for name, source in (("target", "model"), ("ssm", "ssm"), ("tokenizer", "model")):
+        (work / name).mkdir(parents=True, exist_ok=True)
+        for file in (arguments.assets / source).iterdir():
+            if file.name.startswith("tokenizer") == (name == "tokenizer"):
+                shutil.copyfile(file, work / name / file.name)
+    record(work, "ssm", recorded(HERE)["ssm"])
+
+
+def make_encode(arguments: argparse.Namespace) -> None:
+    """Encodes the corpus with the tokenizer that is there, and says whether it is the corpus of the shipped models."""
+    started = time.perf_counter()
+    work = arguments.work
+    counts = _encode(Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json")), work)
+    here, there = (json.loads((folder / "corpus.json").read_text()) for folder in (work, HERE))
+    same = here["packages"] == there["packages"] and here["files_kept"] == there["files_kept"]
+    content = {"same_as_shipped": same, **counts, "seconds": time.perf_counter() - started}
+    print(json.dumps(content), flush=True)
+    record(work, "second_corpus", content)
+
+
+def make_second(arguments: argparse.Namespace) -> None:
+    """Further small models, each beside the first: every kind on equally many steps and tokens, at most as many as the
+    first one had. A kind that is there already, as `results.json` says, is left as it is."""
+    device, work = chosen_device(), arguments.work
+    prefer_attention(arguments.attention)
+    target, first = (read_model(work / name, device) for name in ("target", "ssm"))
+    packed = Packed((work / "train", work / "functions"), device)
+    continued = torch.from_numpy(np.load(work / "continued.npy")).to(device)
+    rows, row_tokens = arguments.rows, arguments.row_tokens
+    for name in arguments.kinds:
+        kind = boost.KINDS[name]
+        tuned = arguments.second_start == "first" and not kind.wide
+        label = f"{name}-tuned" if tuned else name
+        done = recorded(work).get("second", {})
+        if label in done:
+            print(f"{label} is there, after {done[label]['steps']} steps", flush=True)
+            continue
+        started = time.perf_counter()
+        seed = 1 + list(boost.KINDS).index(name)
+        torch.compiler.reset()  # or the kinds before fill the compiler's limit of variants
+        torch.manual_seed(seed)
+        if tuned:
+            model = read_model(work / "ssm", device).requires_grad_(True).train()
+        else:
+            model = Llama(arguments.wide_sizes if kind.wide else arguments.small_sizes).to(device)
+        data, texts = packed, continued
+        if kind.resampled:
+            draw = torch.Generator(device=device).manual_seed(seed)
+            data = packed.resampled(seed)
+            texts = continued[torch.randint(len(continued), (len(continued),), generator=draw, device=device)]
+        half = max(1, rows // 2)
+        own = endless_rows(texts, max(1, half * row_tokens // continued.shape[1]), seed + 2)
+        batches = data.batches(half, row_tokens, 1000 * seed)
+        emphasis = boost.emphasis_of(kind, [first], device)
+        rate = arguments.tuning_rate if tuned else 1.0
+        recipe = Recipe(
+            matrix_lr=arguments.matrix_lr * rate,
+            other_lr=arguments.other_lr * rate,
+            budget_s=arguments.second_seconds,
+            steps=arguments.second_steps or next((one["steps"] for one in done.values()), None),
+            most_steps=recorded(work)["ssm"]["steps"],
+        )
+        folder = work / "second" / label
+
+        def checkpoint(_: int, model: Llama = model, folder: Path = folder) -> None:
+            write_model(model, folder)
+
+        objective = distillation_objective(model, target, batches, own, device, emphasis)
+        run = train(model, objective, recipe, partial(print, label, flush=True), checkpoint)
+        write_model(model, folder)
+        content = {
+            "kind": {**vars(kind), "start": "first" if tuned else "scratch"},
+            **_summary(model, run, 2 * half * row_tokens, recipe, started),
+            "continued_rows": len(continued),
+        }
+        record(work, "second", {**recorded(work).get("second", {}), label: content})
+
+
+def make_pairs(arguments: argparse.Namespace) -> None:
+    """What every further small model adds to the first, on HumanEval's prompts and on held-out text."""
+    started = time.perf_counter()
+    device, work = chosen_device(), arguments.work
+    prefer_attention("flash")
+    target = read_model(work / "target", device)
+    models = {"SSM": read_model(work / "ssm", device)}
+    models |= {label: read_model(work / "second" / label, device) for label in recorded(work).get("second", {})}
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
+    tasks = evaluate.read_prompts(arguments.prompts)[: arguments.pair_rows]
+    texts = {"HumanEval": [torch.tensor(tokenizer.encode(prompt).ids, device=device) for _, prompt in tasks]}
+    draw = torch.Generator(device=device).manual_seed(11)
+    prefixes = Packed((work / "held_out",), device).prefixes(arguments.pair_rows, arguments.pair_tokens, draw)
+    texts["held-out text"] = list(prefixes)
+    reports = []
+    for name, openings in texts.items():
+        for temperature in coverage.TEMPERATURES:
+            rows = coverage.continued(target, openings, arguments.pair_tokens, temperature)
+            reports.append({"texts": name, **coverage.report(models, rows, temperature)})
+            arms = {arm: one["trees"]["16"]["accepted"] for arm, one in reports[-1]["arms"].items()}
+            print(name, temperature, f"{time.perf_counter() - started:.0f} s", json.dumps(arms), flush=True)
+    parameters = {name: parameter_count(model) for name, model in models.items()}
+    content = {
+        "costs": coverage.costs(parameters),
+        "reports": reports,
+        "judged": {arm: coverage.judged(arm, reports) for arm in reports[0]["arms"]},
+        "seconds": time.perf_counter() - started,
+        "machine": machine(),
+    }
+    record(work, "pairs", content)
+    print(card.second_section({"second": recorded(work).get("second", {}), "pairs": content}))
+
+
+def make_keep(arguments: argparse.Namespace) -> None:
+    """Takes the numbers of the further small models over into the list beside this module, and the one that pays, if
+    one does, into the assets."""
+    results = recorded(arguments.work)
+    for key in ("second_corpus", "second", "pairs"):
+        record(HERE, key, results[key])
+    label = card.paying(results)
+    if label is None:
+        print(f"none gains {coverage.GAIN:.2f}x: no second model ships", flush=True)
+        return
+    folder = arguments.assets / "second"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (*(arguments.work / "second" / label).iterdir(), *(arguments.work / "tokenizer").iterdir()):
+        shutil.copyfile(file, folder / file.name)
+    print(f"{label} ships", flush=True)
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -286,18 +430,44 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": make_evaluation,
     "assets": make_assets,
     "card": make_card,
+    "shipped": make_shipped,
+    "encode": make_encode,
+    "second": make_second,
+    "pairs": make_pairs,
+    "keep": make_keep,
 }
 
+LINES = {
+    "all": (
+        "corpus",
+        "tokenizer",
+        "target",
+        "first-look",
+        "tuning",
+        "continuations",
+        "small",
+        "evaluate",
+        "assets",
+        "card",
+    ),
+    "boosting": ("shipped", "corpus", "encode", "continuations", "second", "pairs", "keep", "card"),
+}
+"""Names for several stages in their order."""
+
 TOY = Sizes(64, 32, 2, 1, 2, 128)
+TOY_WIDE = Sizes(96, 32, 3, 1, 2, 192)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.make", description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
+    parser.add_argument("stages", nargs="+", choices=[*STAGES, *LINES])
     parser.add_argument("--work", type=Path, default=Path("build/training"), help="folder of everything not kept")
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--prompts", type=Path, help="HumanEval as JSON lines: kept out of the corpus, then measured")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--packages", nargs="+", default=[], help="a small corpus of these alone (cpython: the library)"
+    )
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--tokenizer-bytes", type=int, default=100_000_000)
     parser.add_argument("--rows", type=int, default=64, help="rows of a batch")
@@ -316,11 +486,24 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small-seconds", type=float, default=120.0)
     parser.add_argument("--small-steps", type=int, help="instead of seconds")
     parser.add_argument("--acceptance-rows", type=int, default=1024)
+    parser.add_argument("--kinds", nargs="+", choices=boost.KINDS, default=list(boost.KINDS)[:5], help="of `second`")
+    parser.add_argument("--second-seconds", type=float, default=130.0, help="of the first kind; all take its steps")
+    parser.add_argument("--second-steps", type=int, help="instead of seconds")
+    parser.add_argument(
+        "--second-start",
+        choices=["scratch", "first"],
+        default="scratch",
+        help="where a further small model starts: anew, or at the first one, at the rates of tuning",
+    )
+    parser.add_argument("--pair-rows", type=int, default=256, help="texts of each sort to measure pairs on, at most")
+    parser.add_argument("--pair-tokens", type=int, default=128, help="tokens of each continuation there")
     parser.add_argument("--toy", action="store_true", help="tiny models, to try the pipeline out")
     arguments = parser.parse_args(words)
     arguments.target_sizes = TOY if arguments.toy else TARGET
     arguments.small_sizes = TOY if arguments.toy else SSM
-    needing = {"corpus", "first-look", "evaluate", "all"} & set(arguments.stages)
+    arguments.wide_sizes = TOY_WIDE if arguments.toy else boost.WIDE
+    arguments.stages = [stage for word in arguments.stages for stage in LINES.get(word, (word,))]
+    needing = {"corpus", "first-look", "evaluate", "pairs"} & set(arguments.stages)
     if needing and arguments.prompts is None:
         parser.error(f"--prompts is needed for {', '.join(sorted(needing))}")
     return arguments
@@ -328,8 +511,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    stages = list(STAGES) if "all" in arguments.stages else arguments.stages
-    for stage in stages:
+    for stage in arguments.stages:
         print(f"== {stage}", flush=True)
         STAGES[stage](arguments)
 

@@ -29,6 +29,7 @@ class Recipe:
     warmup: float = 0.01  # share of the steps
     hold: float = 0.25  # share of the steps after which the rate falls, linearly, to zero
     budget_s: float | None = None
+    most_steps: int | None = None  # that a budget in seconds may turn into
     steps: int | None = None
 
 
@@ -94,6 +95,7 @@ def train(
         if recipe.budget_s is None:
             raise ValueError("a recipe needs steps or seconds")
         steps = max(1, round(recipe.budget_s / _seconds_per_step(objective, optimizer, synchronize)))
+        steps = min(steps, recipe.most_steps or steps)
         optimizer = Optimizer(model.named_parameters(), recipe.matrix_lr, recipe.other_lr, recipe.weight_decay)
         start = time.perf_counter()
     report(f"{steps} steps")

@@ -53,6 +53,7 @@ PACKAGES = {
     "uvicorn": {"server"},
     "h11": {"server"},
     "pydantic": {"server"},
+    "opentelemetry": {"server"},
     "prometheus_client": {"server"},
     "llguidance": {"text"},
     "flashinfer": {"study"},  # a peer that is measured where it is there; no dependency

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from emptiness import assert_empty
+from plain import Plain
 from safetensors.torch import load_file, save_file
+from scipy.stats import chisquare
 from test_overlap import KINDS, PROMPTS, jobs, told
 
 from ridgeline import LLM, SamplingParams
@@ -122,8 +125,9 @@ def test_what_repeats_itself_is_drafted_from_itself(make: Callable[..., LLM]) ->
         {"max_num_batched_tokens": 9},
         {"block_size": 64},
         {"scheduling_policy": "priority"},
+        {"async_scheduling": True},
     ],
-    ids=["roomy", "preempting", "two seats", "small chunks", "large pages", "priority"],
+    ids=["roomy", "preempting", "two seats", "small chunks", "large pages", "priority", "overlapped"],
 )
 @pytest.mark.parametrize("shape", ["auto", "bushy", "chain", "ngram"])
 def test_all_at_once(
@@ -180,6 +184,15 @@ def test_several_drafters_are_merged(
     by_source = llm.built.speculator.tally.by_source
     assert by_source[1][1] > by_source[0][1]  # the one that agrees is accepted more often
     assert all(one.tree.depth <= 2 and len(one.tree) <= 12 for one in rounds)
+
+
+def test_a_model_and_n_grams_are_merged(make: Callable[..., LLM], near: Path, expected: dict[str, Any]) -> None:
+    llm = make(speculative_config={"method": "tree", "num_speculative_tokens": 6, "model": [str(near), "ngram"]})
+    for kind in KINDS:
+        assert told(llm, *jobs([kind])) == expected[kind], kind
+    params = SamplingParams(max_tokens=30, temperature=0, logit_bias={40: 50.0, 41: 50.0}, frequency_penalty=2.0)
+    llm.generate("hello", params, use_tqdm=False)
+    assert set(llm.built.speculator.tally.by_source) == {0, 1}
 
 
 def test_log_probabilities_are_those_of_a_new_pass(make: Callable[..., LLM], near: Path) -> None:
@@ -312,6 +325,9 @@ def test_grammars_draft_nothing_and_hold(make: Callable[..., LLM], near: Path) -
         ({"method": "tree", "num_speculative_tokens": 0}, r"\[1, 256\]"),
         ({"method": "draft_model", "tree": [1, 1]}, "method 'tree'"),
         ({"method": "ngram", "model": "x"}, "without one"),
+        ({"method": "tree", "verification": "hopeful"}, "coupled, multi_step, target_only"),
+        ({"method": "ngram", "verification": "multi_step"}, "one draft model"),
+        ({"method": "tree", "model": ["x", "y"], "verification": "multi_step"}, "one draft model"),
         ("tree", "mapping"),
     ],
 )
@@ -338,7 +354,72 @@ def test_only_the_embedded_model_brings_its_own_drafter(tiny: Path) -> None:
         LLM(tiny, speculative_config={"method": "tree"})
 
 
-@pytest.mark.parametrize("setting", [{"kv_cache": False, "enable_prefix_caching": False}, {"async_scheduling": True}])
-def test_settings_that_exclude_it(tiny: Path, setting: dict[str, Any]) -> None:
-    with pytest.raises(InvalidArgument):
-        LLM(tiny, speculative_config={"method": "ngram"}, **setting)
+def test_nothing_is_drafted_without_a_cache(tiny: Path) -> None:
+    with pytest.raises(InvalidArgument, match="kv_cache=True"):
+        LLM(tiny, speculative_config={"method": "ngram"}, kv_cache=False, enable_prefix_caching=False)
+
+
+# Other families: the tokens differ, their law does not
+
+
+@pytest.mark.parametrize("shape", ["auto", "bushy", "nodes"])
+@pytest.mark.parametrize("verification", ["multi_step", "target_only"])
+def test_the_law_of_three_tokens(
+    make: Callable[..., LLM], near: Path, plain: Plain, verification: str, shape: str
+) -> None:
+    """Chi-square of the joint law over 1,500 samples, against the model written down in plain torch."""
+    llm = make(speculative_config={**drafting(shape, near), "verification": verification}, max_num_batched_tokens=256)
+    prompt, temperature, samples = [5, 9, 33], 0.5, 1500
+    params = SamplingParams(n=100, max_tokens=4, temperature=temperature, top_k=20, ignore_eos=True, detokenize=False)
+    counts: Counter[tuple[int, ...]] = Counter()
+    drafted = accepted = 0
+    for _ in range(samples // 100):
+        output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
+        counts.update(tuple(one.token_ids[:3]) for one in output.outputs)
+        drafted += output.metrics.num_draft_tokens
+        accepted += output.metrics.num_accepted_tokens
+    assert accepted > drafted / 20 > 0
+
+    def law(path: tuple[int, ...]) -> torch.Tensor:
+        logits = plain.logits([*prompt, *path])[-1] / temperature
+        kept = logits.topk(20).indices
+        return torch.full_like(logits, float("-inf")).scatter(0, kept, logits[kept]).softmax(-1)
+
+    expected: dict[tuple[int, ...], float] = {}
+    for first, one in enumerate(law(()).tolist()):
+        if one * samples < 8:
+            continue
+        for second, two in enumerate(law((first,)).tolist()):
+            if one * two * samples < 8:
+                continue
+            for third, three in enumerate(law((first, second)).tolist()):
+                if one * two * three * samples >= 8:
+                    expected[first, second, third] = one * two * three * samples
+    rest = samples - sum(expected.values())
+    assert len(expected) > 10
+    observed = [counts[path] for path in expected]
+    found = chisquare([*observed, samples - sum(observed)], [*expected.values(), rest])
+    assert found.pvalue > 1e-4
+
+
+def test_seeded_requests_keep_their_noise_in_every_family(
+    make: Callable[..., LLM], near: Path, expected: dict[str, Any]
+) -> None:
+    llm = make(speculative_config={**drafting("bushy", near), "verification": "multi_step"})
+    for kind in ("greedy", "warm", "cut", "penalties", "scored", "stopped"):
+        assert told(llm, *jobs([kind])) == expected[kind], kind
+
+
+def test_log_probabilities_of_what_multi_step_sampling_emits(make: Callable[..., LLM], near: Path) -> None:
+    llm, again = make(speculative_config={**drafting("bushy", near), "verification": "multi_step"}), make()
+    params = SamplingParams(max_tokens=24, temperature=0.8, logprobs=2, ignore_eos=True)
+    output = llm.generate("the quick", params, use_tqdm=False)[0]
+    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+    scored = again.generate({"prompt_token_ids": ids}, SamplingParams(max_tokens=1, prompt_logprobs=2), use_tqdm=False)[
+        0
+    ].prompt_logprobs
+    told_by_trees = output.outputs[0].logprobs
+    assert told_by_trees is not None
+    assert scored is not None
+    assert output.metrics.num_accepted_tokens > 0
+    assert told_by_trees == scored[len(output.prompt_token_ids) :]

@@ -282,6 +282,9 @@ def test_generation_config(copy: Path) -> None:
 def test_a_path_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         llm_of(tmp_path / "nothing here")
+    (tmp_path / "something here").mkdir()
+    with pytest.raises(CheckpointError, match=r"did you mean .*/something here\?"):
+        llm_of(tmp_path / "somethin here")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="give its directory"):
         llm_of(tmp_path / "model.safetensors")

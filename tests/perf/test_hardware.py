@@ -71,6 +71,8 @@ def test_names_in_any_case(name: str) -> None:
 def test_an_unknown_name_lists_the_known_and_the_nearest() -> None:
     with pytest.raises(InvalidArgument, match=r"'h20' is not known: a10, .*, this; did you mean h200\?"):
         find("h20")
+    with pytest.raises(InvalidArgument, match=r"did you mean h100-sxm or h100-pcie\?"):
+        find("H100")
 
 
 def test_the_users_file_adds_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

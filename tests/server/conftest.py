@@ -20,7 +20,7 @@ def server() -> Iterator[Served]:
 @pytest.fixture
 def sound(server: Served) -> Iterator[Served]:
     """The module's server; afterwards it must be as before: healthy, same tokens, nothing held, no traceback."""
-    before = server.canary()
+    before = server.usual_canary
     yield server
     assert server.client.get("/health").status_code == 200
     assert server.canary() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -128,6 +129,11 @@ class Served:
 
     def fault(self, kind: str, value: int = 0) -> None:
         assert self.post(f"/debug/fault?kind={kind}&value={value}").status_code == 200
+
+    @functools.cached_property
+    def usual_canary(self) -> str:
+        """The canary's text when it was first asked for."""
+        return self.canary()
 
     @contextlib.contextmanager
     def slowed(self, milliseconds: int) -> Iterator[None]:

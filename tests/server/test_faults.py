@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import resource
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +20,10 @@ from typing import Any
 import httpx
 import pytest
 from served import CANARY, Served, children, events, served
-from test_inputs import is_refusal
+from test_inputs import cpu_s, is_refusal
 
-COMPLETIONS = "/v1/completions"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+WORDS = {"type": "array", "items": {"enum": ["one", "two"]}, "minItems": 3, "maxItems": 3}
 SMALL = ("--max-num-seqs", "16", "--kv-cache-memory-bytes", "200000000")
 POISON = 3000
 """A token that steps will not survive."""
@@ -66,6 +72,21 @@ def test_38_a_step_that_fails_once_changes_nothing(sound: Served, kind: str) -> 
     for have, wanted in zip(answers, want):
         assert have.json()["choices"][0]["text"] == wanted[0]["text"]
         assert have.json()["choices"][0]["logprobs"]["tokens"] == wanted[0]["logprobs"]["tokens"]
+
+
+def test_36_a_grammar_that_fails_fails_alone(sound: Served) -> None:
+    """One of three with a schema, beside one without."""
+    chat = {"model": "ridgeline", "messages": [{"role": "user", "content": "a"}], "max_tokens": 30, "temperature": 0,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": WORDS}}}  # fmt: skip
+    want = sound.post(CHAT, chat).json()["choices"][0]["message"]["content"]
+    sound.fault("grammar", 1)
+    with ThreadPoolExecutor(4) as pool:
+        plain = pool.submit(sound.canary)
+        answers = list(pool.map(lambda _: sound.post(CHAT, chat), range(3)))
+        assert plain.result() == sound.usual_canary
+    (bad,) = [one for one in answers if one.status_code != 200]
+    is_refusal(bad, 500, code="internal_error")
+    assert [one.json()["choices"][0]["message"]["content"] for one in answers if one is not bad] == [want] * 2
 
 
 def restarted(server: Served, before: int) -> None:
@@ -132,6 +153,77 @@ def test_37_a_hung_engine_is_noticed_and_replaced(sound: Served) -> None:
             time.sleep(0.02)
         restarted(sound, before)
         assert caught.result(60).json()["choices"][0]["text"] == want
+
+
+def test_37_a_lost_device_is_another_engine(sound: Served) -> None:
+    before = sound.info()["restarts"]
+    want = sound.usual_canary
+    sound.fault("device", 1)
+    assert sound.canary() == want  # sent again
+    restarted(sound, before)
+    assert sound.info()["restarts"] == before + 1
+
+
+def test_39_no_more_descriptors(sound: Served) -> None:
+    """Connections that find none are let in when there are some again; meanwhile nothing spins."""
+    pid, lines = sound.process.pid, len(sound.log)
+    usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    held = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    links = []
+    try:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (held + 5, usual[1]))
+        links = [socket.create_connection(("127.0.0.1", sound.port)) for _ in range(30)]
+        before = cpu_s(sound)
+        time.sleep(1)
+        assert cpu_s(sound) - before < 0.5
+    finally:
+        for link in links:
+            link.close()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
+    with httpx.Client(base_url=sound.url, timeout=60) as other:
+        assert other.post(COMPLETIONS, json=CANARY).json()["choices"][0]["text"] == sound.usual_canary
+    assert "Traceback" not in "".join(sound.log[lines:])
+
+
+def test_39_a_full_disk_under_the_log_stops_nobody() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ridgeline.cli.main", "serve", "--port", str(port), *SMALL]
+    with open("/dev/full", "wb") as full, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        process = subprocess.Popen(command, stderr=full, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            limit = time.monotonic() + 240
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/ready").status_code == 200:
+                        break
+                assert process.poll() is None
+                assert time.monotonic() < limit
+                time.sleep(0.05)
+            texts = {client.post(COMPLETIONS, json=CANARY).json()["choices"][0]["text"] for _ in range(5)}
+            assert len(texts) == 1
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_39_durations_are_of_clocks_that_do_not_jump() -> None:
+    """The time of day only says when something was; nothing waits or ends by it."""
+    root = Path(__file__).parents[2] / "src" / "ridgeline"
+    sayings = {
+        "server/completions.py": "int(time.time())", "server/chat.py": "int(time.time())",
+        "server/state.py": "self.created = int(time.time())", "server/edge.py": "time.time_ns()",
+    }  # fmt: skip
+    for folder in ("server", "engine", "schedule", "text"):
+        for path in (root / folder).rglob("*.py"):
+            name = path.relative_to(root).as_posix()
+            lines = [
+                line for line in path.read_text(encoding="utf-8").splitlines() if re.search(r"time\.time\w*\(", line)
+            ]
+            assert all(sayings.get(name, "nowhere") in line for line in lines), (name, lines)
+            assert len(lines) <= 1, (name, lines)
 
 
 def test_39_a_dead_grammar_child_is_replaced(sound: Served) -> None:

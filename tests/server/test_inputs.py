@@ -5,12 +5,21 @@ Numbers are the reference's rows. After each the server is as before (fixture `s
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import socket
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from served import CANARY, Served
+from schemas import valid
+from served import CANARY, Served, children, head
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "hello"}]
@@ -25,6 +34,7 @@ def is_refusal(answer: Any, status: int, param: str | None = None, code: str | N
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-request-id"]
     body = answer.json()
+    valid(body, "ErrorResponse")
     assert set(body) == {"error"}
     error = body["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -153,12 +163,9 @@ BAD_COMPLETIONS: list[tuple[str, dict[str, Any], int, str | None, str | None]] =
     ids=[f"{row}-{str(changes)[:40]}" for row, changes, *_ in BAD_COMPLETIONS],
 )
 def test_completions(
-    server: Served, row: str, changes: dict[str, Any], status: int, param: str | None, code: str | None
+    sound: Served, row: str, changes: dict[str, Any], status: int, param: str | None, code: str | None
 ) -> None:
-    began = time.monotonic()
-    answer = server.post(COMPLETIONS, {**CANARY, **changes})
-    error = is_refusal(answer, status, param, code)
-    assert time.monotonic() - began < 2
+    error = is_refusal(sound.post(COMPLETIONS, {**CANARY, **changes}), status, param, code)
     if code == "context_length_exceeded":
         assert "2048" in error["message"]
 
@@ -253,23 +260,141 @@ BAD_CHATS: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     ids=[f"{row}-{str(changes)[:48]}" for row, changes, *_ in BAD_CHATS],
 )
 def test_chats(
-    server: Served, row: str, changes: dict[str, Any], status: int, param: str | None, code: str | None
+    sound: Served, row: str, changes: dict[str, Any], status: int, param: str | None, code: str | None
 ) -> None:
     body = {"model": "ridgeline", "messages": USER, "max_tokens": 4, **changes}
-    began = time.monotonic()
-    is_refusal(server.post(CHAT, body), status, param, code)
-    assert time.monotonic() - began < 5
+    before = cpu_s(sound)
+    is_refusal(sound.post(CHAT, body), status, param, code)
+    assert cpu_s(sound) - before < 5
 
 
-def test_after_all_of_these_nothing_has_changed(sound: Served) -> None:
-    """Rows of the tables above use the plain server, for speed; here is their check."""
+def cpu_s(server: Served) -> float:
+    """Seconds of processor time of the server and of those it has started, which other work does not lengthen."""
+    total = 0
+    for pid in (server.process.pid, *children(server.process.pid)):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
-def test_14_a_huge_prompt_holds_up_nobody(sound: Served) -> None:
+@pytest.mark.parametrize("n", [0, 10**9])
+def test_15_a_bad_n_costs_no_time(sound: Served, n: int) -> None:
+    took = []
+    for _ in range(10):
+        lines = len(sound.log)
+        is_refusal(sound.post(COMPLETIONS, {**CANARY, "n": n}), 400, "n")
+        while len(sound.log) == lines:
+            time.sleep(0.001)
+        took.append(json.loads(sound.log[lines])["seconds"])
+    assert min(took) < 0.01
+
+
+def test_14_a_huge_prompt_costs_little(sound: Served) -> None:
     body = json.dumps({**CANARY, "prompt": "word " * 3_000_000})
-    began = time.monotonic()
+    before = cpu_s(sound)
     is_refusal(sound.client.post(COMPLETIONS, content=body, headers=JSON), 400, "prompt", "context_length_exceeded")
-    assert time.monotonic() - began < 3
+    assert cpu_s(sound) - before < 3
+
+
+def in_form(schema: Any) -> dict[str, Any]:
+    """A response_format of this schema."""
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+HEAVY: dict[str, tuple[str, Any]] = {
+    "a prompt of 15 MB": (COMPLETIONS, {**CANARY, "prompt": "word " * 3_000_000}),
+    "300,000 biases": (COMPLETIONS, {**CANARY, "logit_bias": {str(token): 1 for token in range(300_000)}}),
+    "100,000 messages": (CHAT, {"model": "ridgeline", "messages": USER * 100_000}),
+    "60,000 groups": (
+        CHAT,
+        {"model": "ridgeline", "messages": USER,
+         "response_format": in_form({"type": "string", "pattern": "(" * 60_001 + "b" + ")" * 60_001})},
+    ),
+    "a schema of 5 MB": (
+        CHAT, {"model": "ridgeline", "messages": USER, "response_format": in_form({"description": "y" * 5_000_000})}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_14_24_others_are_answered_meanwhile(sound: Served, name: str) -> None:
+    """The 99th percentile of another's answers stays below 100 ms; a busy machine is given three chances."""
+    path, body = HEAVY[name]
+    raw = json.dumps(body).encode()
+    for chance in range(3):
+        took: list[float] = []
+        with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=sound.url, timeout=60) as other:
+            heavy = pool.submit(sound.client.post, path, content=raw, headers=JSON)
+            while not heavy.done() or len(took) < 20:
+                began = time.monotonic()
+                assert other.get("/version").status_code == 200
+                took.append(time.monotonic() - began)
+                time.sleep(0.002)
+            assert heavy.result().status_code == 400
+        took.sort()
+        if took[int(0.99 * (len(took) - 1))] < 0.1:
+            return
+        assert chance < 2, took[-5:]
+
+
+def peak_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_3_a_body_over_the_default_limit_takes_bounded_memory(sound: Served, chunked: bool) -> None:
+    """64 MB are sent, of which 16 MiB are allowed: the process grows by less than twice that."""
+    pid = sound.process.pid
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak counts from now
+    before = peak_bytes(pid)
+    length = "Transfer-Encoding: chunked" if chunked else "Content-Length: 67108864"
+    piece = b"10000\r\n" + b"x" * 65536 + b"\r\n" if chunked else b"x" * 65536
+    with socket.create_connection(("127.0.0.1", sound.port), timeout=60) as link:
+        link.sendall(head(length))
+        with contextlib.suppress(OSError):
+            for _ in range(1024):
+                link.sendall(piece)
+        received = b""
+        with contextlib.suppress(OSError):
+            while part := link.recv(65536):
+                received += part
+    assert not received or b" 413 " in received.split(b"\r\n")[0]
+    assert peak_bytes(pid) - before < 2 * 16 * 1024 * 1024
+
+
+@pytest.fixture
+def trap() -> Iterator[tuple[int, list[Any]]]:
+    """A port on which nobody may call, and who did."""
+    calls: list[Any] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        yield listener.getsockname()[1], calls
+        with contextlib.suppress(TimeoutError):
+            calls.append(listener.accept()[1])
+    assert not calls
+
+
+def test_23_28_nothing_is_fetched(sound: Served, trap: tuple[int, list[Any]]) -> None:
+    url = f"http://127.0.0.1:{trap[0]}/x"
+    chat = {"model": "ridgeline", "messages": USER, "max_tokens": 4}
+    is_refusal(sound.post(CHAT, {**chat, "response_format": in_form({"$ref": url})}), 400, "response_format")
+    for target in (url, f"http://a\\@127.0.0.1:{trap[0]}/x", "data:image/png;base64," + "A" * 100_000):
+        part = {"type": "image_url", "image_url": {"url": target}}
+        is_refusal(sound.post(CHAT, {**chat, "messages": [{"role": "user", "content": [part]}]}), 400, "messages",
+                   "unsupported_content")  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.{1,9999}){1,9999}", "(x|x|x)*y"])
+def test_24_patterns_that_explode_elsewhere(sound: Served, pattern: str) -> None:
+    """Served, in bounded time, or refused; never a hang."""
+    chat = {"model": "ridgeline", "messages": USER, "max_tokens": 8, "temperature": 0}
+    before = cpu_s(sound)
+    answer = sound.post(CHAT, {**chat, "response_format": in_form({"type": "string", "pattern": pattern})})
+    if answer.status_code != 200:
+        is_refusal(answer, 400, "response_format", "grammar_too_complex")
+    assert cpu_s(sound) - before < 10
 
 
 def test_17_nothing_to_generate_is_scoring(sound: Served) -> None:
@@ -312,7 +437,7 @@ def test_29_a_special_token_in_a_message_is_text(sound: Served) -> None:
     assert sound.post(CHAT, body).status_code == 200
 
 
-@pytest.mark.parametrize("given", ["a" * 200, "x y", "é"])
+@pytest.mark.parametrize("given", ["a" * 200, "a" * 10_000, "x y", "é"])
 def test_30_odd_request_ids_are_not_repeated(server: Served, given: str) -> None:
     answer = server.client.get("/version", headers={"x-request-id": given.encode()})
     assert answer.headers["x-request-id"] != given
@@ -320,9 +445,17 @@ def test_30_odd_request_ids_are_not_repeated(server: Served, given: str) -> None
 
 
 def test_30_a_good_request_id_is_repeated_and_may_come_twice(sound: Served) -> None:
-    answers = [sound.post(COMPLETIONS, CANARY, headers={"x-request-id": "Mine-1.x_"}) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: sound.post(COMPLETIONS, CANARY, headers={"x-request-id": "Mine-1.x_"}), "ab"))
     assert [one.headers["x-request-id"] for one in answers] == ["Mine-1.x_"] * 2
     assert answers[0].json()["id"] != answers[1].json()["id"]
+    assert answers[0].json()["choices"] == answers[1].json()["choices"]
+
+
+def test_30_a_line_break_in_a_request_id_ends_the_header(server: Served) -> None:
+    raw = server.raw(b"GET /version HTTP/1.1\r\nHost: x\r\nx-request-id: a\r\n b\r\nConnection: close\r\n\r\n")
+    assert raw.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 400 "))
+    assert b"x-request-id: a\r\n" not in raw
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import VOCABULARY
 from served import served
+from test_inputs import is_refusal
 
 CHAT = "/v1/chat/completions"
 
@@ -126,3 +128,30 @@ def test_a_chat_template_of_the_checkpoints_own(tiny: Path) -> None:
         assert 1 not in ids  # <|end|> was typed, not meant
         text = server.post("/detokenize", {"tokens": ids}).json()["prompt"]
         assert text == "<user>a<|end|>b\n<me>"
+
+
+HOSTILE = (
+    "{% if messages[0].content == 'range' %}{% for i in range(10**9) %}x{% endfor %}"
+    "{% elif messages[0].content == 'class' %}{{ ''.__class__.__mro__ }}{% else %}fine{% endif %}"
+)
+
+
+def test_27_a_hostile_template_harms_no_one(tiny: Path, tmp_path: Path) -> None:
+    """What it tries ends as a 400 of whoever set it off; and a bias on every token still leaves one."""
+    folder = tmp_path / "hostile"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": HOSTILE}))
+    with served(str(folder), "--served-model-name", "tiny", "--max-num-seqs", "4") as server:
+        for content in ("range", "class"):
+            answer = server.post(CHAT, {"model": "tiny", "messages": [{"role": "user", "content": content}]})
+            is_refusal(answer, 400, "messages")
+            assert "__class__" not in answer.text
+        fine = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+        assert server.post(CHAT, fine).status_code == 200
+        every = {str(token): -100 for token in range(VOCABULARY)}
+        body = {"model": "tiny", "prompt": [0, 5, 9], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        biased = server.post("/v1/completions", {**body, "logit_bias": every, "logprobs": 1}).json()["choices"][0]
+        assert biased["text"] == server.post("/v1/completions", body).json()["choices"][0]["text"]
+        assert len(biased["logprobs"]["tokens"]) == 8
+        server.settled()

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
-import httpx
 import jsonschema
 import openai
 import pytest
+from schemas import closed, valid
 from served import CANARY, Served, events
-from test_inputs import BAD_CHATS, BAD_COMPLETIONS
+from test_inputs import BAD_CHATS, BAD_COMPLETIONS, JSON
 
+from ridgeline.server.errors import overloaded, starting
 
-def with_nulls(value: Any) -> Any:
-    """OpenAPI's older `nullable` as JSON Schema has it."""
-    if isinstance(value, list):
-        return [with_nulls(one) for one in value]
-    if not isinstance(value, dict):
-        return value
-    found = {key: with_nulls(one) for key, one in value.items()}
-    return {"anyOf": [found, {"type": "null"}]} if found.pop("nullable", False) is True else found
-
-
-FILE = Path(__file__).parent / "data" / "openai_schema_subset.json"
-SCHEMAS = with_nulls(json.loads(FILE.read_text(encoding="utf-8")))
 USER: list[Any] = [{"role": "user", "content": "def add(a, b):"}]
 WEATHER: Any = {
     "type": "function",
@@ -42,12 +32,6 @@ WEATHER: Any = {
     },
 }
 CLOCK: Any = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
-
-
-def valid(value: Any, name: str) -> None:
-    """`value` is what OpenAI's schema of that name describes."""
-    schema = {"$ref": f"#/components/schemas/{name}", "components": SCHEMAS["components"]}
-    jsonschema.Draft202012Validator(schema).validate(value)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +69,8 @@ def test_completions(client: openai.OpenAI, server: Served, more: dict[str, Any]
     if "best_of" in more:
         return
     texts = dict.fromkeys(range(len(answer.choices)), "")
+    for one in events(server.post("/v1/completions", {**body, "stream": True}).text):
+        valid(closed(one), "CreateCompletionResponse")
     for part in client.completions.create(**body, stream=True, stream_options={"include_usage": True}):
         for choice in part.choices:
             texts[choice.index] += choice.text
@@ -191,21 +177,34 @@ def test_errors_become_exceptions(client: openai.OpenAI) -> None:
 
 
 def test_the_client_tries_again_when_told_to(server: Served) -> None:
-    """A 429 with Retry-After, then the answer."""
-    tried: list[float] = []
+    """What stands between is busy at first: this server's 429 and 503 with Retry-After, then its answer."""
+    refusals = [overloaded(0), starting(0)]
+    asked: list[str] = []
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        tried.append(1)
-        if len(tried) == 1:
-            return httpx.Response(429, headers={"retry-after": "0"}, json={"error": {"message": "busy"}})
-        return httpx.Response(200, json=server.post("/v1/completions", CANARY).json())
+    class Between(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            asked.append(self.path)
+            if refusals:
+                error = refusals.pop(0)
+                status, answer = error.status, error.encoded()
+            else:
+                status, answer = 200, server.client.post(self.path, content=body, headers=JSON).content
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(answer)))
+            self.send_header("retry-after", "0")
+            self.end_headers()
+            self.wfile.write(answer)
 
-    transport = httpx.MockTransport(answer)
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    between = HTTPServer(("127.0.0.1", 0), Between)
+    threading.Thread(target=between.serve_forever, daemon=True).start()
     try:
-        patient = openai.OpenAI(
-            base_url=f"{server.url}/v1", api_key="none", http_client=httpx.Client(transport=transport)
-        )
-    except TypeError:
-        pytest.skip("this client has an HTTP library of its own")
-    assert patient.completions.create(**CANARY).choices[0].text
-    assert len(tried) == 2
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{between.server_port}/v1", api_key="none") as patient:
+            assert patient.completions.create(**CANARY).choices[0].text == server.canary()
+        assert asked == ["/v1/completions"] * 3
+    finally:
+        between.shutdown()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,3 +88,68 @@ def test_33_whoever_leaves_is_forgotten(sound: Served, stream: bool, when: str) 
         steps = sound.info()["engine"]["steps"]
         sound.settled()
         assert sound.info()["engine"]["steps"] - steps < 63  # 50, and those between two beats
+
+
+def test_33_a_thousand_leave_at_once(sound: Served) -> None:
+    """Most were refused, some wait, some run."""
+    with sound.slowed(20):
+        links = [ask(sound, {**CANARY, "max_tokens": 1800, "ignore_eos": True, "stream": True}) for _ in range(1000)]
+        sound.busy(16)
+        for link in links:
+            link.close()
+        sound.settled()
+
+
+def test_33_whoever_leaves_while_a_schema_is_compiled_is_forgotten(sound: Served) -> None:
+    words = [f"{number:05}" for number in range(1500)]
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": words}}}
+    body = {"model": "ridgeline", "messages": [{"role": "user", "content": "a"}], "max_tokens": 8}
+    raw = json.dumps({**body, "response_format": form}).encode()
+    links = []
+    for _ in range(4):
+        link = socket.create_connection(("127.0.0.1", sound.port))
+        link.sendall(head(f"Content-Length: {len(raw)}").replace(b"/v1/completions", b"/v1/chat/completions") + raw)
+        links.append(link)
+    sound.until(lambda info: info["admitted"] >= 1)
+    for link in links:
+        link.close()
+    sound.settled()
+    form["json_schema"]["schema"] = {"enum": ["x"]}
+    answer = sound.post("/v1/chat/completions", {**body, "response_format": form})
+    assert json.loads(answer.json()["choices"][0]["message"]["content"]) == "x"
+
+
+def test_33_whoever_leaves_in_the_drain_is_not_waited_for() -> None:
+    with served("--max-num-seqs", "4", "--drain-timeout", "600") as server:
+        server.fault("slow", 100)
+        link = ask(server, {**CANARY, "max_tokens": 1800, "ignore_eos": True})
+        server.busy()
+        server.process.send_signal(signal.SIGTERM)
+        while server.client.get("/ready").status_code == 200:
+            time.sleep(0.005)
+        link.close()
+        assert server.process.wait(120) == 0  # its request would take 180 s
+
+
+@pytest.mark.slow
+def test_34_a_hundred_that_do_not_read_leave_steps_as_they_are() -> None:
+    """Two seats are left; the canary takes no longer than beside a hundred that do read."""
+    options = ("--max-num-seqs", "102", "--set", "stall_timeout_s=600", "--set", "max_stream_bytes=1000000000")
+    with served(*options, "--kv-cache-memory-bytes", "800000000") as server, contextlib.ExitStack() as stack:
+        body = {**CANARY, "prompt": [7] * 100, "max_tokens": 1500, "ignore_eos": True, "logprobs": 5}
+        for _ in range(100):
+            stack.enter_context(unread(server, body))
+        server.busy(100)
+        took = {}
+        for when in ("at first", "later"):
+            times = []
+            for _ in range(9):
+                began = time.monotonic()
+                server.canary()
+                times.append(time.monotonic() - began)
+            took[when] = sorted(times)[4]
+            if when == "at first":
+                server.until(lambda info: info["engine"]["steps"] > 900, 300)  # 800 kB a stream: buffers are full
+        assert took["later"] < 3 * took["at first"]  # contexts are eight times as long
+        memory = int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())[1])  # type: ignore[index]
+        assert memory < 1_500_000

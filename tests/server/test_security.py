@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from served import CANARY, Served, children, served
 from test_inputs import is_refusal
+
+from ridgeline.server.edge import Edge
+from ridgeline.server.errors import ApiError
+from ridgeline.server.settings import ServerSettings
 
 KEYS = ("first-secret-1", "second-secret-2")
 SECRET_PROMPT = "def my_very_secret_function():"
@@ -56,6 +63,31 @@ def test_8_wrong_keys_get_one_answer(server: Served, value: str | None) -> None:
     answer = server.client.get("/v1/models", headers={} if value is None else {"authorization": value})
     error = is_refusal(answer, 401, code="invalid_api_key")
     assert error == is_refusal(server.client.get("/v1/models"), 401)
+
+
+def test_8_a_token_of_ten_megabytes(server: Served) -> None:
+    head = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer "
+    answer = server.raw(head + b"k" * 10_000_000 + b"\r\n\r\n")
+    assert answer[9:12] in (b"401", b"431", b"")  # or closed before it was all sent
+
+
+def test_8_the_time_tells_nothing_of_a_key() -> None:
+    """A wrong key that begins as a right one takes as long as any other, taken turn about."""
+
+    async def unreachable(*_: object) -> None:
+        raise AssertionError
+
+    edge = Edge(unreachable, ServerSettings(api_keys=KEYS), lambda *_: None)
+    took: dict[str, list[int]] = {"first-secret-2": [], "zzzzzzzzzzzzzz": []}
+    for _ in range(4000):
+        for key, times in took.items():
+            scope = {"headers": [(b"authorization", b"Bearer " + key.encode())]}
+            began = time.perf_counter_ns()
+            with contextlib.suppress(ApiError):
+                edge._authorized(scope)
+            times.append(time.perf_counter_ns() - began)
+    near, far = map(statistics.median, took.values())
+    assert abs(near - far) < 0.1 * far
 
 
 def test_8_two_keys_at_once_are_none(server: Served) -> None:

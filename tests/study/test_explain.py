@@ -51,6 +51,16 @@ def test_the_parts_make_the_step() -> None:
         assert one.advice
 
 
+@pytest.mark.slow
+def test_the_floor_is_never_above_what_was_measured() -> None:
+    """Against the limit curve of this very machine: `explain` refuses an op that is above it by more than 5 %."""
+    with LLM(max_num_seqs=4, enable_prefix_caching=False, max_model_len=512) as llm:
+        for batch, prompt in ((1, 16), (4, 16), (4, 300)):
+            for one in explain(llm.built, equal(batch, prompt, 12), rounds=2):
+                assert one.floor_s < one.step_s
+                assert 0 < one.limit_share < 1
+
+
 def record(kind: str = "decode", host: float = 1e-4, device: float = 1e-3) -> StepRecord:
     return StepRecord(0, kind, ((1, 9),), 1, 0, 9, 0, 0.0, host, device)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from ridgeline import LLM
 from ridgeline.cli.main import application
 from ridgeline.core.errors import InvalidArgument
-from ridgeline.study.profile import COPIES, profiled
+from ridgeline.study.profile import COPIES, Rung, profiled, verdicts
 
 TOKENS = 8
 
@@ -41,6 +41,28 @@ def test_classes_and_ops_add_up(tiny: Path) -> None:
     assert contraction.flop_share > 0.9
     named = {one.name for one in found.ops}
     assert named >= {"linear", "attention", "norm", "sample"}
+
+
+def test_rungs_answer_the_reports_hypothesis() -> None:
+    first = Rung("standard", 300.0, 12.0, None, 4e6, 2e-3)
+    second = Rung("cpu", 200.0, 0.0, None, 1e6, 1e-3)
+    unknown = Rung("other", 300.0, 24.0, 7.0, None, 4e-3)
+    assert verdicts([first]) == []
+    assert verdicts([first, second, unknown]) == [
+        "cpu beside standard: attention 2.00x as fast; fewer operators (200 against 300), fewer copies (0 against 12), "
+        "fewer bytes of attention (1,000,000 against 4,000,000)",
+        "other beside standard: attention 0.50x as fast; as many operators, more copies (24 against 12)",
+    ]
+
+
+def test_rungs_are_profiled_side_by_side(tiny: Path) -> None:
+    common = ["profile", "--model", str(tiny), "--dtype", "float32", "--prompt-len", "8", "--output-len", "4"]
+    arguments = [*common, "--attention", "reference", "--attention", "cpu"]
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(application, arguments, catch_exceptions=False).stdout
+    assert "cpu beside reference" in shown
+    assert "fewer operators" in shown
+    with pytest.raises(InvalidArgument, match="leave --trace and --operators out"):
+        CliRunner().invoke(application, [*common, "--attention", "cpu", "--operators"], catch_exceptions=False)
 
 
 def test_command(tiny: Path) -> None:

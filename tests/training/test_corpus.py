@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from email.message import Message
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +150,19 @@ def test_function_documents_carry_the_imports_that_they_use() -> None:
     assert documents[0].startswith("import math\n\n\ndef first(x):\n")
     assert "os" not in documents[0].split()
     assert ["def short" in one for one in corpus.function_documents(text, "seed", long_bodies=True)] == [False]
+
+
+def test_a_corpus_of_a_few_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("first", "second", corpus.HELD_OUT[0])
+    packages = {name: corpus.Package(name, "1", "MIT") for name in names}
+    entries = []
+    for number, (name, words) in enumerate(zip(names, ("alpha beta gamma", "one two three", "red green blue"))):
+        file = tmp_path / f"{name}.py"
+        file.write_text(code(words, seed=number))
+        entries.append((name, file.name, file))
+    monkeypatch.setattr(corpus, "installed_sources", lambda: (packages, entries, []))
+    made = corpus.build(tmp_path / "work", [], 1, ["first", corpus.HELD_OUT[0]])
+    assert ([file.package for file in made.train], +made.dropped) == (["first"], {})
+    assert [file.package for file in made.held_out] == [corpus.HELD_OUT[0]]
+    with pytest.raises(ValueError, match="third"):
+        corpus.build(tmp_path / "work", [], 1, ["third"])

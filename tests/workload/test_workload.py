@@ -12,7 +12,7 @@ import pytest
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 from ridgeline.engine.virtual import Setting
-from ridgeline.study.simulate import capacity, simulate
+from ridgeline.study.simulate import capacity, simulate, sustained
 from ridgeline.workload.arrivals import Job, equal, gamma, poisson, prompt_ids, replay, scaled, stretched
 from ridgeline.workload.measure import Served, objectives_named, report
 
@@ -141,13 +141,34 @@ def test_capacity_is_the_knee() -> None:
     """Steps of at least 11 ms: within a TTFT of 200 ms the rate must lie below saturation, and just below it."""
     jobs = equal(200, 16, 16)
     found = capacity(jobs, SETTING, flat, {"ttft": 0.2})
-    meets = {one.rate_per_s: one.share >= 0.99 for one in found.tried}
+    meets = {one.rate_per_s: one.share >= 0.99 and one.sustained for one in found.tried}
     assert meets[found.rate_per_s]
     assert all(not met for rate, met in meets.items() if rate > found.rate_per_s * 1.001)
     full = simulate(jobs, SETTING, flat).report.request_rate
     assert 0.3 * full < found.rate_per_s < full
     with pytest.raises(InvalidArgument, match=r"no load meets it: the best reachable .* is ttft 26"):
         capacity(jobs, SETTING, flat, {"ttft": 0.001})
+
+
+def test_a_rate_that_piles_up_is_no_capacity() -> None:
+    """Twenty requests are all served within a second, however fast they come: that shows no rate that can go on."""
+    jobs = equal(20, 16, 16)
+    found = capacity(jobs, SETTING, flat, {"e2e": 60.0})
+    assert found.rate_per_s < 1.2 * simulate(jobs, SETTING, flat).report.request_rate
+    piled = [one for one in found.tried if not one.sustained]
+    assert piled
+    assert all(one.share == 1 for one in piled)
+
+
+def test_sustained_by_hand() -> None:
+    def served(*times: tuple[float, float]) -> list[Served]:
+        return [Served(4, arrival, token_times_s=[end]) for arrival, end in times]
+
+    steady = [(float(second), second + 0.5) for second in range(40)]
+    growing = [(float(second), 3.0 * second + 3) for second in range(40)]
+    assert sustained(served(*steady))
+    assert not sustained(served(*growing))
+    assert sustained(served((0.0, 1.0)))
 
 
 def test_a_static_batch_waits_until_it_is_full() -> None:

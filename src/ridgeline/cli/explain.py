@@ -1,6 +1,7 @@
-"""`ridgeline explain`: where the time of a step goes on this machine.
+"""`ridgeline explain`: where the time of a step goes on this machine, and what token trees did.
 
-Knows options and tables. It must not know how time is split (study/explain.py).
+Knows options and tables. It must not know how time is split (study/explain.py) nor how trees are counted
+(study/speculation.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 LARGEST = 3
 """Ops in the short table."""
+PROMPT_TOKENS = 256
+"""Of a random prompt."""
+PROMPTS = (
+    "def fibonacci(n: int) -> int:\n",
+    "class Stack:\n    def __init__(self) -> None:\n        self.items = []\n\n    def push(self, item) -> None:\n",
+    "import json\n\n\ndef read_config(path):\n    with open(path) as file:\n",
+)
+"""What is completed when trees are explained and no prompt is given: random tokens would say nothing of acceptance."""
 
 
 def command(
@@ -29,51 +38,103 @@ def command(
     kernels: options.Kernels = "auto",
     load_format: options.LoadFormat = "auto",
     batch: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
-    prompt_len: Annotated[int, typer.Option(help="Prompt tokens of a request.")] = 256,
-    output_len: Annotated[int, typer.Option(help="Output tokens of a request.")] = 64,
+    prompt_len: Annotated[int | None, typer.Option(help="Tokens of a random prompt; 256 if left out.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to complete instead (repeatable).")] = None,
+    output_len: Annotated[
+        int, typer.Option("--output-len", "--max-tokens", help="Output tokens of a request (of a text: at most).")
+    ] = 64,
+    temperature: Annotated[float, typer.Option(help="Of the completions of texts; 0 is greedy.")] = 0.0,
     rounds: Annotated[int, typer.Option(help="Runs of the workload, watched and unwatched.")] = 3,
     max_model_len: options.MaxModelLen = None,
     card: options.CardFile = None,
+    speculative_config: options.SpeculativeConfig = None,
     plot: options.Plot = None,
+    tree_number: Annotated[
+        int | None, typer.Option("--round", help="Which verified tree to draw; the one with most accepted if left out.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Run a workload and split the time of its steps: floor, kernels by op, gaps, host, padding; with advice."""
+    """Run a workload and split the time of its steps: floor, kernels by op, gaps, host, drafting, padding; with advice.
+
+    With --speculative-config also what was drafted and accepted for each request, and why; the workload is text then,
+    a few small pieces of Python if no --prompt is given, and --plot draws a tree.
+    """
+    from ridgeline.cli import trees
     from ridgeline.cli.progress import bar
     from ridgeline.core.errors import InvalidArgument
+    from ridgeline.core.request import SamplingParams
     from ridgeline.llm import LLM
     from ridgeline.perf.machine_card import card_of, read_card
     from ridgeline.study import pictures
-    from ridgeline.study.explain import explain
+    from ridgeline.study.explain import explain, explain_serving
     from ridgeline.study.plan import datasheet_of
+    from ridgeline.study.speculation import speculated, texts
+    from ridgeline.study.tree_picture import token_tree
     from ridgeline.workload.arrivals import equal
 
-    for name, value in (("batch", batch), ("prompt_len", prompt_len), ("output_len", output_len), ("rounds", rounds)):
+    speculative = options.speculation(speculative_config)
+    prompts = prompt or (list(PROMPTS) if speculative else [])
+    if prompts and prompt_len is not None:
+        raise InvalidArgument(
+            "prompt_len",
+            "goes with random prompts; give --prompt TEXT instead"
+            + (
+                ": what a drafter makes of random tokens says nothing of acceptance"
+                if speculative
+                else " or leave it out"
+            ),
+        )
+    if not prompts and temperature:
+        raise InvalidArgument("temperature", "goes with --prompt: random prompts are completed greedily")
+    if tree_number is not None and (plot is None or not speculative):
+        raise InvalidArgument("round", "goes with --speculative-config and --plot, which draws that tree")
+    length = PROMPT_TOKENS if prompt_len is None else prompt_len
+    for name, value in (("batch", batch), ("prompt_len", length), ("output_len", output_len), ("rounds", rounds)):
         if value < 1:
             raise InvalidArgument(name, f"must be at least 1, not {value}")
     pictures.checked(plot)
     given = read_card(card) if card else None
     settings = options.engine_settings(
-        dtype=dtype, device=device, kernels=kernels, load_format=load_format, max_model_len=max_model_len
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        load_format=load_format,
+        max_model_len=max_model_len,
+        speculative_config=speculative,
     )
+    params = SamplingParams(temperature=temperature, max_tokens=output_len, seed=0)
+    report = None
     with LLM(model, **settings, max_num_seqs=batch, enable_prefix_caching=False) as llm:
-        if prompt_len + output_len > llm.built.config.max_model_len:
+        if not prompts and length + output_len > llm.built.config.max_model_len:
             raise InvalidArgument(
                 "prompt_len",
-                f"{prompt_len} + {output_len} tokens are beyond max_model_len {llm.built.config.max_model_len}",
+                f"{length} + {output_len} tokens are beyond max_model_len {llm.built.config.max_model_len}",
             )
         built = llm.built
         measured = card_of(given, built.price, built.directory.name, built.config.dtype) if given else None
+        if speculative:
+            with bar("explaining trees", shown=not as_json, unit="run") as progress:
+                report = speculated(llm, prompts, params, rounds, progress)
         with bar("explaining", shown=not as_json, unit="run") as progress:
-            steps = explain(
-                llm.built, equal(batch, prompt_len, output_len), rounds=rounds, progress=progress, card=measured
-            )
+            if prompts:
+                steps = explain_serving(
+                    llm.built, lambda _: llm.generate(prompts, params, use_tqdm=False), rounds, progress, measured
+                )
+            else:
+                jobs = equal(batch, length, output_len)
+                steps = explain(llm.built, jobs, rounds=rounds, progress=progress, card=measured)
         where = f"{llm.built.directory.name}, {llm.built.config.dtype}, {llm.built.config.device}"
-        sheet = datasheet_of(llm.built.config.device)
+        sheet, text_of = datasheet_of(llm.built.config.device), texts(llm)
     if plot is not None:
-        title = f"{where}: {batch} × ({prompt_len} + {output_len}) tokens"
-        pictures.save(pictures.explained(steps, title, sheet), plot)
+        if report is not None:
+            figure = token_tree(*report.tree(tree_number), text_of, report.drafters)
+        else:
+            load = f"{len(prompts)} prompts" if prompts else f"{batch} × ({length} + {output_len}) tokens"
+            figure = pictures.explained(steps, f"{where}: {load}", sheet)
+        pictures.save(figure, plot)
     if as_json:
-        print(json.dumps({"engine": where, "batch": batch, "steps": [one.as_dict() for one in steps]}))
+        said = {"engine": where, "batch": batch, "steps": [one.as_dict() for one in steps]}
+        print(json.dumps(said if report is None else {**said, "speculation": report.as_dict()}))
         return
     console = Console()
     for one in steps:
@@ -82,13 +143,16 @@ def command(
             console.print(card_line(one.predicted), style="yellow" if one.predicted.beyond else "dim", highlight=False)
         for number, sentence in enumerate(one.advice, start=1):
             console.print(f"{number}. {sentence}", highlight=False)
+    if report is not None:
+        trees.show(report, where, console)
 
 
 def table(step: Explained, where: str) -> Table:
     """One class of work."""
-    title = (
-        f"{where}: a {step.kind} step of {step.tokens:.0f} tokens, {milliseconds(step.step_s)} (mean of {step.steps})"
-    )
+    size = f"{step.tokens:.0f} tokens"
+    if step.drafted:
+        size = f"{step.tokens:.1f} rows, {step.drafted:.1f} of them drafted and {step.accepted:.1f} accepted"
+    title = f"{where}: a {step.kind} step of {size}, {milliseconds(step.step_s)} (mean of {step.steps})"
     said = step.predicted
     columns = ["", "ms", "of step", "limit, ms", "of limit"]
     shown = Table(*columns, *(() if said is None else ("card, ms", "off by")), title=title)
@@ -116,13 +180,20 @@ def table(step: Explained, where: str) -> Table:
         row("all but attention", seconds, floor, said.other_ops_s)
     row("gaps", step.gaps_s, card=None if said is None else said.around_s)
     row("host", step.host_s, card=None if said is None else said.host_s)
+    if step.draft_s:
+        row("drafting", step.draft_s)
     shown.add_section()
-    row("step", step.step_s, step.floor_s, None if said is None else said.step_s)
+    whole = None if said is None else said.step_s
+    if said is not None and step.draft_s:  # a card knows nothing of draft models
+        row("all but drafting", step.step_s - step.draft_s, step.floor_s, whole)
+        whole = None
+    row("step", step.step_s, step.floor_s, whole)
     if step.padding:
         row(f"of it, {step.padding:.2g} padded rows", step.padding_s)
     shown.caption = (
-        "gaps: preparation, calls, results; host: scheduling, commit;\n"
-        f"watching cost {milliseconds(max(step.observer_s, 0))} a step"
+        "gaps: preparation, calls, results; host: scheduling, commit"
+        + ("; drafting: choosing sizes, passes of drafters;\n" if step.draft_s else ";\n")
+        + f"watching cost {milliseconds(max(step.observer_s, 0))} a step"
     )
     if scale < 0.95:  # steps in a graph: ops that are watched one by one take longer than together
         shown.caption += f"; unwatched, the ops together take {scale:.0%} of what they take one by one"
@@ -154,6 +225,8 @@ def short(step: Explained) -> Table:
     for name, seconds, floor in rows:
         limit = f"{floor / seconds:.0%}" if seconds else ""
         shown.add_row(name, f"{seconds * 1e6:.0f}", f"{seconds / step.step_s:.0%}", limit)
+    if step.draft_s:
+        shown.add_row("drafting", f"{step.draft_s * 1e6:.0f}", f"{step.draft_s / step.step_s:.0%}", "")
     around = step.gaps_s + step.host_s
     shown.add_row("around the ops", f"{around * 1e6:.0f}", f"{around / step.step_s:.0%}", "")
     shown.add_section()

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +33,8 @@ DEMO_PROMPT = '''class Stack:
 
 EXPLAINED_PROMPT, EXPLAINED_OUTPUT = 64, 64
 """Tokens of the request whose decode steps are explained."""
+GAIN_ROUNDS = 3
+"""Pairs of runs without and with draft trees."""
 RECORD_START = b'{"line": '
 SHOWN_REFUSALS = 10
 
@@ -125,9 +127,13 @@ def command(
         if jobs is not None:
             jobs.run(llm, as_json)
         else:
-            _one(llm, prompt if prompt is not None else DEMO_PROMPT, params, as_json)
+            text = prompt if prompt is not None else DEMO_PROMPT
+            _one(llm, text, params, as_json)
+            if explained and llm.built.speculator is not None:
+                _gain(llm, text, params, Console(stderr=True))
             if explained:
-                _explain(llm.built, Console(stderr=True))
+                with llm.built.plain():
+                    _explain(llm.built, Console(stderr=True))
 
 
 def _one(llm: Any, prompt: str, params: Any, as_json: bool) -> None:
@@ -160,6 +166,37 @@ def _one(llm: Any, prompt: str, params: Any, as_json: bool) -> None:
             print(f"--- {completion.index} ({completion.finish_reason})\n{prompt}{completion.text}")
     print(flush=True)
     _print_speed(console, report)
+
+
+def _gain(llm: Any, prompt: str, params: Any, console: Console) -> None:
+    """The same prompt without and with draft trees, in turn: decode rates, tokens a step, and that they agree."""
+    from contextlib import nullcontext
+    from statistics import median
+
+    seeded = replace(params, seed=params.seed if params.seed is not None else 1)
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    texts: set[tuple[Any, ...]] = set()
+    metrics = None
+    for _ in range(GAIN_ROUNDS):
+        for trees in (False, True):
+            with nullcontext() if trees else llm.built.plain():
+                output = llm.generate(prompt, seeded, use_tqdm=False)[0]
+            texts.add(tuple(tuple(one.token_ids) for one in output.outputs))
+            if output.metrics.tpot_s:
+                rates[trees].append(1 / output.metrics.tpot_s)
+            if trees:
+                metrics = output.metrics
+    if not rates[True] or not rates[False] or metrics is None:
+        console.print("draft trees: too few tokens to compare", style="dim")
+        return
+    without, with_trees = median(rates[False]), median(rates[True])
+    tokens = metrics.num_generated_tokens / max(metrics.num_steps, 1)
+    same = "the same tokens" if len(texts) == 1 else f"OTHER TOKENS: {len(texts)} different outputs"
+    console.print(
+        f"draft trees: {without:.0f} tok/s without, {with_trees:.0f} with: {with_trees / without:.2f}x at {tokens:.2f} "
+        f"tokens a step, {metrics.num_accepted_tokens} of {metrics.num_draft_tokens} drafted accepted; {same}",
+        highlight=False,
+    )
 
 
 def _explain(built: Any, console: Console) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -33,6 +33,10 @@ def command(
     operators: Annotated[
         bool, typer.Option("--operators", help="The table of ops: FLOP, bytes, time, % peak, MUE.")
     ] = False,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(help="Again for each kernel of attention: calls, copies and bytes a token, side by side."),
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace of ridgeline's side here.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -47,6 +51,11 @@ def command(
     settings = options.engine_settings(
         dtype=dtype, device=device, kernels=kernels, load_format=load_format, max_model_len=max_model_len
     )
+    if attention:
+        if trace is not None or operators:
+            raise InvalidArgument("attention", "compares kernels alone: leave --trace and --operators out")
+        _rungs(model, settings, attention, prompt_len, output_len, as_json)
+        return
     with LLM(model, **settings, max_num_seqs=1, enable_prefix_caching=False) as llm:
         if prompt_len + output_len + 2 > llm.built.config.max_model_len:
             raise InvalidArgument("prompt_len", f"{prompt_len} + {output_len} tokens are beyond max_model_len")
@@ -69,6 +78,34 @@ def command(
     console.print(operator_table(found.ops) if operators else class_table(found.classes))
     for note in found.notes:
         console.print(note, style="dim", highlight=False)
+
+
+def _rungs(
+    model: str | None, settings: dict[str, Any], names: list[str], prompt_len: int, output_len: int, as_json: bool
+) -> None:
+    """Decoding with each kernel of attention, and what that says of the report's hypothesis."""
+    from ridgeline.llm import LLM
+    from ridgeline.study.profile import rung, verdicts
+
+    found = []
+    for name in names:
+        with LLM(model, **settings, attention_backend=name, max_num_seqs=1, enable_prefix_caching=False) as llm:
+            found.append(rung(llm.built, name, prompt_len, output_len))
+    if as_json:
+        print(json.dumps({"rungs": [one.as_dict() for one in found], "verdicts": verdicts(found)}))
+        return
+    table = Table("attention", "operators", "copies", "kernels", "MB of attention", "µs of attention", title="a token")
+    for one in found:
+        table.add_row(
+            one.name, f"{one.operators:,.0f}", f"{one.copies:,.0f}",
+            "" if one.kernels is None else f"{one.kernels:,.0f}",
+            "not counted" if one.attention_bytes is None else f"{one.attention_bytes / 1e6:,.2f}",
+            f"{one.attention_s * 1e6:,.0f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    for line in verdicts(found):
+        console.print(line, highlight=False)
 
 
 def class_table(rows: Sequence[ClassRow]) -> Table:

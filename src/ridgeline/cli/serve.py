@@ -39,6 +39,9 @@ def command(
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any other limit: name=value (docs/serving.md has them).")
     ] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="Where traces go: URL of an OpenTelemetry collector (OTLP over HTTP).")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     faults: Annotated[bool, typer.Option("--allow-faults", hidden=True)] = False,
     dtype: options.Dtype = "auto",
@@ -90,6 +93,7 @@ def command(
         "max_queued": max_queued,
         "request_timeout_s": request_timeout,
         "drain_timeout_s": drain_timeout,
+        "otlp_traces_endpoint": otlp_traces_endpoint,
         "log_level": log_level,
         "faults": faults,
         "engine": engine,

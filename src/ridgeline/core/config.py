@@ -142,13 +142,8 @@ class EngineConfig:
             raise InvalidArgument("enable_prefix_caching", "there is no prefix to share with kv_cache=False")
         if self.async_scheduling and not self.kv_cache:
             raise InvalidArgument("async_scheduling", "kv_cache=False computes each token from those before, once read")
-        if self.speculation is not None:
-            if not self.kv_cache:
-                raise InvalidArgument("speculative_config", "needs kv_cache=True: drafts stand behind what is cached")
-            if self.async_scheduling:
-                raise InvalidArgument(
-                    "async_scheduling", "a draft follows the token before it, once read: leave it out with speculation"
-                )
+        if self.speculation is not None and not self.kv_cache:
+            raise InvalidArgument("speculative_config", "needs kv_cache=True: drafts stand behind what is cached")
 
     @property
     def speculation(self) -> Speculation | None:

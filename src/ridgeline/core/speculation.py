@@ -14,7 +14,10 @@ from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.tree import MOST_NODES
 
 METHODS = ("tree", "draft_model", "ngram")
-NAMES = ("method", "model", "num_speculative_tokens", "tree")
+NAMES = ("method", "model", "num_speculative_tokens", "tree", "verification")
+LOOK_UP = "ngram"
+"""Among the models of a tree: what followed the last tokens before, merged with what they draft."""
+VERIFICATIONS = ("coupled", "multi_step", "target_only")
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,19 @@ class Speculation:
 
     method: "tree" (token trees from draft models), "draft_model" (chains from one), "ngram" (what followed the
         last tokens before, in the prompt or the output).
-    models: checkpoints of the draft models; none means the embedded target's own.
+    models: checkpoints of the draft models; none means the embedded target's own. LOOK_UP among them: n-grams too.
     nodes: most drafted tokens of a request in a step; None ("auto"): the sizer decides, step by step.
     widths: children of each node by depth, <k1, ..., km>; empty: none is prescribed.
+    verification: of requests without a seed, at temperatures above 0 (all others are coupled): "coupled" (the noise
+        that chooses drafts too), "multi_step" (SpecInfer's sampling, on the host) or "target_only" (the drafter's
+        likeliest tokens). The law of the output is the same with each (docs/trees.md).
     """
 
     method: str
     models: tuple[str, ...] = ()
     nodes: int | None = None
     widths: tuple[int, ...] = ()
+    verification: str = "coupled"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Speculation:
@@ -48,8 +55,8 @@ class Speculation:
         models = _models(values.get("model"))
         if method == "ngram" and models:
             raise _wrong("model: ngram drafts without one; leave it out")
-        if method == "draft_model" and len(models) > 1:
-            raise _wrong(f"model: draft_model takes one, not {len(models)}; tree merges several")
+        if method == "draft_model" and (len(models) > 1 or LOOK_UP in models):
+            raise _wrong(f"model: draft_model takes one checkpoint, not {', '.join(models)}; tree merges several")
         nodes = values.get("num_speculative_tokens", "auto")
         if nodes == "auto":
             nodes = None
@@ -63,7 +70,25 @@ class Speculation:
             raise _wrong(f"tree: goes with method 'tree', not {method!r}")
         if widths and nodes is not None and _count(widths) > nodes:
             raise _wrong(f"tree: {list(widths)} has {_count(widths)} nodes, num_speculative_tokens allows {nodes}")
-        return cls(method, models, nodes, widths)
+        verification = values.get("verification", "coupled")
+        if verification not in VERIFICATIONS:
+            raise _wrong(f"verification must be one of {', '.join(VERIFICATIONS)}, not {verification!r}")
+        if verification == "multi_step" and (method == "ngram" or len(models) > 1 or LOOK_UP in models):
+            raise _wrong(
+                "verification: multi_step needs children drawn from one draft model's law; leave it out (coupled "
+                "verifies drafts of every kind, and merges several models)"
+            )
+        return cls(method, models, nodes, widths, verification)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether n-grams draft, alone or beside models."""
+        return self.method == "ngram" or LOOK_UP in self.models
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Draft models that are checkpoints."""
+        return tuple(one for one in self.models if one != LOOK_UP)
 
     @property
     def most_nodes(self) -> int:

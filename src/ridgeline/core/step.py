@@ -50,6 +50,8 @@ class Chunk(NamedTuple):
     tree: drafted tokens behind the last one, to be verified in this step, or None. Node i takes slot
         start + len(token_ids) + i; its position is that of the last token plus its depth.
     behind: with a tree, how the token behind each of its nodes is chosen.
+    draws: how the tree's children were drawn (run/verify.py), if what decides about them is not the noise of
+        (seed, position); None: it is.
     """
 
     request_id: str
@@ -61,6 +63,7 @@ class Chunk(NamedTuple):
     targets: Sequence[int] = ()
     tree: TokenTree | None = None
     behind: Sequence[Sampling] = ()
+    draws: object | None = None
 
     @property
     def new(self) -> int:

@@ -169,6 +169,14 @@ class Sketch:
         self.depths.append(1 if parent == ROOT else self.depths[parent] + 1)
         return node
 
+    def path_tokens(self, node: int) -> tuple[int, ...]:
+        """Tokens from below the root down to a node; none for the root."""
+        path: list[int] = []
+        while node != ROOT:
+            path.append(self.tokens[node])
+            node = self.parents[node]
+        return tuple(reversed(path))
+
     def best(self, count: int) -> list[int]:
         """The `count` best nodes, which make a tree: a parent precedes its child. In order of their score."""
         order = sorted(range(len(self)), key=lambda node: -self.scores[node])  # stable: parents come first

@@ -81,6 +81,15 @@ class Built:
     speculator: Speculator | None = None
     tokenizer_directory: Path | None = None
 
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Steps without speculation, to compare with. No request may be under way at either end."""
+        kept, self.engine.speculator = self.engine.speculator, None
+        try:
+            yield
+        finally:
+            self.engine.speculator = kept
+
     def lines(self) -> list[str]:
         """What was decided and why, and the memory ledger: for a log."""
         names = [one.name for one in fields(self.config) if one.name != "reasons"]
@@ -204,7 +213,7 @@ def _draft_plans(
             f"trees of up to {speculation.most_nodes} nodes need an attention window of {most} tokens, {directory} "
             f"has {window}: set num_speculative_tokens to at most {window // WORD_BITS * WORD_BITS}",
         )
-    names: Sequence[str | Path] = speculation.models
+    names: Sequence[str | Path] = speculation.checkpoints
     if speculation.method == "ngram":
         return []
     if not names:
@@ -217,7 +226,9 @@ def _draft_plans(
     for name in names:
         place = locate(str(name))
         spec = parse_config(read_config(place), str(place))
-        if spec.vocabulary != target.vocabulary or not _same_words(directory, place):
+        words = _same_words(directory, place)
+        padded = words is True and spec.vocabulary < target.vocabulary
+        if words is False or (spec.vocabulary != target.vocabulary and not padded):
             raise InvalidArgument(
                 "speculative_config",
                 f"model: {place} has another vocabulary ({spec.vocabulary} tokens) than {directory} "
@@ -239,13 +250,13 @@ def _draft_plans(
     return plans
 
 
-def _same_words(one: Path, other: Path) -> bool:
-    """Whether two checkpoints' tokenizers give the same ids, as far as their files tell."""
+def _same_words(one: Path, other: Path) -> bool | None:
+    """Whether two checkpoints' tokenizers give the same ids; None if their files do not tell."""
     words = []
     for directory in (one, other):
         file = (directory if directory.is_dir() else directory.parent) / "tokenizer.json"
         if not file.is_file():
-            return True
+            return None
         words.append(json.loads(file.read_text(encoding="utf-8")).get("model", {}).get("vocab"))
     return bool(words[0] == words[1])
 
@@ -263,12 +274,15 @@ def _speculator(
     def sampling(position: int) -> Sampling:
         return Sampling(params, 0, position, [0], 1)
 
-    def step(nodes: int) -> None:
+    def step(requests: int, nodes: int) -> None:
         tree = TokenTree.chain(range(1, nodes + 1)) if nodes else None
         behind = [sampling(start + 2 + node) for node in range(nodes)]
-        chunk = Chunk("price", [0], start, blocks, sampling(start + 1), tree=tree, behind=behind)
+        chunks = [
+            Chunk(f"price/{i}", [0], start, blocks, sampling(start + 1), tree=tree, behind=behind)
+            for i in range(requests)
+        ]
         with suppress(CheckpointError):
-            runner.run(StepPlan(0, (chunk,)))
+            runner.run(StepPlan(0, tuple(chunks)))
 
     def draft(requests: int) -> None:
         for model in models:
@@ -282,17 +296,19 @@ def _speculator(
                 model.forget(growth.request.request_id)
 
     most = min(MOST_NODES, room - start - 1, resolved.max_num_batched_tokens - 1, TREE_ROWS - 1)
-    points = [nodes for nodes in PRICED_NODES if nodes <= most] if speculation.most_nodes else [0]
-    seconds = {1 + nodes: _best_s(runner.device, lambda nodes=nodes: step(nodes)) for nodes in points}  # type: ignore[misc]
+    points = [nodes for nodes in PRICED_NODES if nodes <= most] or [1]
+    counts = [count for count in PRICED_REQUESTS if count <= resolved.max_num_seqs]
+    seconds = {1 + nodes: _best_s(runner.device, lambda nodes=nodes: step(1, nodes)) for nodes in points}  # type: ignore[misc]
+    plain = {count: _best_s(runner.device, lambda count=count: step(count, 0)) for count in counts}  # type: ignore[misc]
     drafts = {1: 0.0}
     if models:
-        counts = [count for count in (1, 4, 16, 64) if count <= resolved.max_num_seqs]
         drafts = {count: _best_s(runner.device, lambda count=count: draft(count)) for count in counts}  # type: ignore[misc]
     rows = max(TREE_ROWS, resolved.max_num_seqs)
-    return Speculator(speculation, models, Seconds(seconds), Seconds(drafts), rows)
+    return Speculator(speculation, models, Seconds(seconds), Seconds(plain), Seconds(drafts), rows)
 
 
-PRICED_NODES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 255)
+PRICED_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 255)
+PRICED_REQUESTS = (1, 4, 16, 64, 256)
 TREE_ROWS = 512
 """Rows of logits in a step with trees: known tokens and nodes of all requests."""
 
@@ -454,14 +470,13 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> Resolved:
         if not config.enable_chunked_prefill and batched < length:
             batched, reasons["max_num_batched_tokens"] = length, "a whole prompt must fit without chunked prefill"
     eager, overlap = config.enforce_eager, config.async_scheduling
-    if config.speculation is not None:
-        overlap = False
-        reasons["async_scheduling"] = "a draft follows the token before it, once read"
     if not eager and kind == "cpu":
         eager, reasons["enforce_eager"] = True, "a CPU has no graphs"
     if overlap is None:
         overlap = kind == "cuda" and config.kv_cache
         reasons["async_scheduling"] = "the host works while the device does" if overlap else f"off on {device}"
+        if overlap and config.speculation is not None:
+            reasons["async_scheduling"] = "while nothing is drafted: a draft follows the token before it, once read"
     caching = config.enable_prefix_caching
     if caching is None:
         caching = config.kv_cache

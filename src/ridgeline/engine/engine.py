@@ -19,7 +19,7 @@ from ridgeline.core.step import Spans, StepPlan, StepRecord, StepResult, Verifie
 from ridgeline.core.tree import TokenTree
 from ridgeline.engine.executor import Executor, Handle
 from ridgeline.schedule import Event, Scheduler
-from ridgeline.schedule.scheduler import NO_DRAFTS, Choice
+from ridgeline.schedule.scheduler import NO_DRAFTS, NO_DRAWS, Choice
 from ridgeline.speculate.speculator import Speculator
 
 
@@ -33,6 +33,7 @@ class _Flight:
     dispatched_s: float
     predicted_s: float | None
     preempted: int
+    draft_s: float
 
 
 class Engine:
@@ -41,8 +42,8 @@ class Engine:
     predict(plan) -> seconds, if given, is asked before each step and lands in its record. Listeners
     get every StepRecord. overlap: read a step's results only when the next one has been dispatched; tokens
     are the same, each comes one call of `step` later. retreats: requests of a step that fails wait again,
-    instead of ending with it. speculator: drafts trees for the requests of each step; with one, results are read
-    at once.
+    instead of ending with it. speculator: drafts trees for the requests of each step. A tree follows tokens that
+    have been read, so results are read at once while trees pay, and as `overlap` says while they do not.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Engine:
         self.failed: tuple[str, ...] = ()
         """Requests of the step that failed last."""
         self.listeners: list[Callable[[StepRecord], None]] = []
+        self._read_s = 0.0  # when results were read last
         self._flights: deque[_Flight] = deque()  # at most one between two steps
         self._events: list[Event] = []
 
@@ -102,8 +104,11 @@ class Engine:
         """
         start = self.clock.now()
         preempted = self.scheduler.preemptions
+        if self._flights and self.speculator is not None and self.speculator.pays(len(self.scheduler.running)):
+            self._read(self._flights.popleft())
         chosen = self.scheduler.choose()
-        plan = self.scheduler.plan(chosen, self._drafts(chosen))
+        drafts = self._drafts(chosen)
+        plan = self.scheduler.plan(chosen, drafts, self.speculator.draws if self.speculator and drafts else NO_DRAWS)
         if plan is not None:
             for request, _ in chosen:
                 if request.scheduled_s is None:
@@ -140,7 +145,8 @@ class Engine:
         except BaseException:
             self._fail(plan)
             raise
-        self._flights.append(_Flight(plan, handle, start_s, self.clock.now(), predicted_s, preempted))
+        draft_s = 0.0 if self.speculator is None else self.speculator.last_draft_s
+        self._flights.append(_Flight(plan, handle, start_s, self.clock.now(), predicted_s, preempted, draft_s))
 
     def _read(self, flight: _Flight) -> None:
         """Wait for a step's results and commit them."""
@@ -153,7 +159,10 @@ class Engine:
         events = self.scheduler.commit(flight.plan, result)
         self._events += events
         if self.speculator is not None:
-            self.speculator.learn(flight.plan, result, self.clock.now() - flight.start_s - self.speculator.last_draft_s)
+            now = self.clock.now()
+            began_s = max(flight.start_s + flight.draft_s, self._read_s)  # a step under way before it held it up
+            self.speculator.learn(flight.plan, result, now - began_s)
+            self._read_s = now
             for event in events:
                 if event.finish is not None:
                     self.speculator.forget(event.request.request_id)
@@ -176,11 +185,10 @@ class Engine:
     def _record(self, flight: _Flight, result: StepResult, read_s: float) -> None:
         plan, now = flight.plan, self.clock.now()
         spans = Spans(tuple(c.new for c in plan.chunks), tuple(c.visible for c in plan.chunks))
-        draft_s = 0.0 if self.speculator is None else self.speculator.last_draft_s
         if self.overlap:  # what lies between dispatch and reading is the device's time, or another step's
-            host_s = flight.dispatched_s - flight.start_s + now - read_s
+            host_s = flight.dispatched_s - flight.start_s - flight.draft_s + now - read_s
         else:
-            host_s = now - flight.start_s - result.device_s - draft_s
+            host_s = now - flight.start_s - result.device_s - flight.draft_s
         record = StepRecord(
             number=plan.number,
             kind=plan.kind,
@@ -193,16 +201,16 @@ class Engine:
             host_s=host_s,
             device_s=result.device_s,
             predicted_s=flight.predicted_s,
+            sampled=len(result.sampled) + len(result.accepted),
+            padding=result.padding,
+            drafted=sum(len(chunk.tree) for chunk in plan.chunks if chunk.tree is not None),
+            accepted=sum(len(one.nodes) for one in result.accepted.values()),
+            draft_s=flight.draft_s,
             verified=tuple(
                 Verified(chunk.token_ids[-1], chunk.tree, result.accepted[chunk.request_id].nodes)
                 for chunk in plan.chunks
                 if chunk.tree is not None
             ),
-            sampled=len(result.sampled) + len(result.accepted),
-            padding=result.padding,
-            drafted=sum(len(chunk.tree) for chunk in plan.chunks if chunk.tree is not None),
-            accepted=sum(len(one.nodes) for one in result.accepted.values()),
-            draft_s=draft_s,
         )
         for listener in self.listeners:
             listener(record)

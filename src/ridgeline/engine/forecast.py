@@ -61,6 +61,16 @@ class Forecast:
         self._waiting[plan.number] = Foretold(flops, moved, floor_s, like)
         return floor_s * self._factor(like)
 
+    def floors(self, seats: int, tokens: int, context: int) -> dict[str, list[list[float]]]:
+        """Least seconds of decode steps by requests, each with so much context, and of prefill steps by tokens."""
+
+        def floor_s(spans: Spans, rows: int) -> float:
+            return self.roofline.seconds(Cost(*self._counted(spans, rows)))
+
+        decode = [[float(rows), floor_s(Spans((1,) * rows, (context,) * rows), rows)] for rows in _powers(seats)]
+        prefill = [[float(new), floor_s(Spans((new,), (new,)), 1)] for new in _powers(tokens)]
+        return {"decode": decode, "prefill": prefill}
+
     def learn(self, record: StepRecord) -> Foretold | None:
         """A step has ended; what was foretold of it, None if nothing was."""
         found = self._waiting.pop(record.number, None)
@@ -78,6 +88,11 @@ class Forecast:
         kind, size = like
         near = min(self._factors, key=lambda one: (one[0] != kind, abs(one[1] - size)))
         return self._factors[near]
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, … and the most."""
+    return [*(1 << exponent for exponent in range((most - 1).bit_length())), most]
 
 
 def forecast_of(built: Built, given: Mapping[str, Any]) -> tuple[Forecast | None, dict[str, Any]]:

@@ -7,12 +7,15 @@ been.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from ridgeline.core.request import FinishReason, Request
+from ridgeline.core.request import Constraint, FinishReason, Request
 from ridgeline.engine.engine import Engine
 from ridgeline.schedule import Event
+
+logger = logging.getLogger("ridgeline.engine")
 
 TRIES_ALONE = 3
 """So often may a request fail alone: a passing fault (no memory just now) is nobody's guilt."""
@@ -22,6 +25,40 @@ MOST_CONDEMNED = 3
 
 class EngineBroken(RuntimeError):
     """Steps fail whoever is in them."""
+
+
+class GuardedConstraint:
+    """A grammar's place in one output (core.request.Constraint), whose failure is its own request's and no step's.
+
+    broke() is called once, when the grammar raises; from then on it allows everything, for a token that nobody
+    will be told of.
+    """
+
+    def __init__(self, inner: Constraint, width: int, broke: Callable[[], None]) -> None:
+        self._inner: Constraint | None = inner
+        self._everything = b"\xff" * (-(-width // 32) * 4)
+        self._broke = broke
+
+    def mask(self) -> bytes:
+        if self._inner is not None:
+            try:
+                return self._inner.mask()
+            except Exception:
+                self._fail()
+        return self._everything
+
+    def accept(self, token: int) -> bool:
+        if self._inner is not None:
+            try:
+                return self._inner.accept(token)
+            except Exception:
+                self._fail()
+        return False
+
+    def _fail(self) -> None:
+        logger.exception("a grammar failed")
+        self._inner = None
+        self._broke()
 
 
 class Isolation:

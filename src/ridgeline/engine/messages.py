@@ -108,7 +108,8 @@ class Ready:
     """The engine runs. Facts that intake and metrics need; settings: as resolved; memory: the ledger, in bytes.
 
     lines: what was decided and why, for a log. load_s: how long the start took. roofs: of the machine, as
-    matrix_flops, vector_flops, bytes_per_s and source; empty if nobody knows them.
+    matrix_flops, vector_flops, bytes_per_s and source; empty if nobody knows them. floors: least seconds of steps, as
+    Forecast.floors has them; empty without roofs.
     """
 
     directory: str
@@ -126,6 +127,7 @@ class Ready:
     lines: list[str]
     load_s: float
     roofs: dict[str, Any] = field(default_factory=dict)
+    floors: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

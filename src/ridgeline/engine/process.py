@@ -24,12 +24,12 @@ from typing import Any
 
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import InvalidArgument, RidgelineError
-from ridgeline.core.request import Request, SamplingParams
+from ridgeline.core.request import Constraint, Request, SamplingParams
 from ridgeline.core.step import StepRecord, TokenScore
 from ridgeline.engine.build import Built, build
 from ridgeline.engine.faults import FaultyExecutor
 from ridgeline.engine.forecast import Forecast, Foretold, forecast_of
-from ridgeline.engine.isolation import Isolation
+from ridgeline.engine.isolation import GuardedConstraint, Isolation
 from ridgeline.engine.messages import (
     Abort,
     Beat,
@@ -60,6 +60,8 @@ LOWEST_LOGPROB = -9999.0
 IDLE_S = 0.1
 TREE_S = 0.5
 """A drafted tree is told of at most so often: it is there to be looked at."""
+MOST_ASSUMED_CONTEXT = 1024
+"""Tokens behind a request in the owner's forecasts; what is measured corrects the level."""
 DEAD_CONTEXT = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "unspecified launch failure")
 """What an error says after which a CUDA context is of no use: only a new process is."""
 
@@ -86,6 +88,7 @@ class Loop:
         self._stopping = False
         self._grammars: Grammars | None = None
         self._compiler: ThreadPoolExecutor | None = None
+        self._broken: list[int] = []
         self._compiling: list[tuple[Submit, Future[Any]]] = []
         built.engine.listeners.append(self._listen)
         if forecast is not None:
@@ -152,6 +155,8 @@ class Loop:
             params = SamplingParams.from_mapping(submit.params)
             requests: list[Request] = []
             for number, seed, constraint in zip(submit.numbers, submit.seeds, constraints):
+                if constraint is not None:
+                    constraint = self._guarded(number, constraint)
                 request = Request(
                     request_id=str(number),
                     tokens=list(submit.ids),
@@ -192,6 +197,21 @@ class Loop:
 
     # Grammars
 
+    def _guarded(self, number: int, constraint: Constraint) -> Constraint:
+        """Its failure ends its request alone, after the step."""
+        if self.faults is not None:
+            constraint = self.faults.constraint(constraint)
+        return GuardedConstraint(constraint, self.built.spec.vocabulary, lambda: self._broken.append(number))
+
+    def _end_broken(self) -> None:
+        """Requests whose grammars failed in a step."""
+        broken, self._broken = self._broken, []
+        for number in broken:
+            if self.requests.pop(number, None) is not None:
+                self._gone(number)
+                self.isolation.abort(str(number))
+                self._say(Failed(number, "internal_error"))
+
     def _compile(self, submit: Submit) -> None:
         """Compile beside the steps; the request is queued when that is done."""
         if self._compiler is None:
@@ -229,6 +249,7 @@ class Loop:
             self._failed(error)
             return
         self._steps += 1
+        self._end_broken()
         if events or self._record is not None:
             self._tell(events, time.perf_counter() - began)
 
@@ -340,7 +361,13 @@ def _finite(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else LOWEST_LOGPROB
 
 
-def _ready(built: Built, tokenizer: str | None, load_s: float, roofs: dict[str, Any]) -> Ready:
+def _floors(built: Built, forecast: Forecast) -> dict[str, Any]:
+    config = built.config
+    context = min(config.max_model_len // 2, MOST_ASSUMED_CONTEXT)
+    return forecast.floors(config.max_num_seqs, config.max_num_batched_tokens, context)
+
+
+def _ready(built: Built, tokenizer: str | None, load_s: float, roofs: dict[str, Any], floors: dict[str, Any]) -> Ready:
     config, spec = built.config, built.spec
     directory = built.directory if built.directory.is_dir() else built.directory.parent
     source = Path(tokenizer) if tokenizer else directory
@@ -363,6 +390,7 @@ def _ready(built: Built, tokenizer: str | None, load_s: float, roofs: dict[str, 
         lines=built.lines(),
         load_s=load_s,
         roofs=roofs,
+        floors=floors,
     )
 
 
@@ -403,7 +431,8 @@ def main(descriptor: int) -> int:
             built = _build(channel, {**start.settings, "model": str(where)})
             built.tokenizer_directory = Path(config.tokenizer or (where if where.is_dir() else where.parent))
             forecast, roofs = forecast_of(built, start.roofs)
-            ready = _ready(built, config.tokenizer, time.monotonic() - began, roofs)
+            floors = {} if forecast is None else _floors(built, forecast)
+            ready = _ready(built, config.tokenizer, time.monotonic() - began, roofs, floors)
         except RidgelineError as error:
             channel.send(Refused(" ".join(str(error).split())))
             channel.close()

@@ -25,6 +25,7 @@ from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
 from ridgeline.run.graphs import DecodeGraphs
 from ridgeline.run.prepare import Prepared, SampleInputs, prepare, sample_inputs, send
+from ridgeline.run.verify import Draws, law_of, walked
 
 SCORED_ROWS = 256
 """Prompt rows whose logits exist at once: bounds memory, not speed."""
@@ -199,10 +200,12 @@ class Runner:
                 if c.sampling is not None
                 for _ in range(1 + len(c.behind))
             ]
-            chosen = self._choose(step, hidden if count == hidden.shape[0] else hidden[:count], ready.samples, ops)
+            chunks = [c for c in plan.chunks if c.sampling is not None]
+            rows = hidden if count == hidden.shape[0] else hidden[:count]
+            chosen = self._choose(step, rows, ready.samples, ops, chunks if step.trees else ())
             if step.trees:
                 self._places = {}  # tokens of trees are read before anything follows them
-                self._verify([c for c in plan.chunks if c.sampling is not None], chosen, step, ops)
+                self._verify(chunks, chosen, step, ops)
             else:
                 self._keep(chosen, step.names)
         if ready.targets is not None:
@@ -219,7 +222,9 @@ class Runner:
             tree, blocks = chunk.tree, chunk.blocks
             count = 1 + len(chunk.behind)
             if tree is not None:
-                nodes = step.paths[chunk.request_id] = tree.walk(tokens[row : row + count])
+                if chunk.request_id not in step.paths:
+                    step.paths[chunk.request_id] = tree.walk(tokens[row : row + count])
+                nodes = step.paths[chunk.request_id]
                 first = chunk.start + len(chunk.token_ids)
                 for depth, node in enumerate(nodes):
                     if node != depth:
@@ -256,15 +261,39 @@ class Runner:
         if self.graphs is not None:
             self.graphs.sampled[: len(names)].copy_(chosen)
 
-    def _choose(self, step: Step, hidden: torch.Tensor, inputs: SampleInputs, ops: Ops) -> torch.Tensor:
-        """Tokens of rows of hidden states [S, D], [S] on the device; what the step tells of them is on its way."""
+    def _choose(
+        self, step: Step, hidden: torch.Tensor, inputs: SampleInputs, ops: Ops, chunks: Sequence[Chunk] = ()
+    ) -> torch.Tensor:
+        """Tokens of rows of hidden states [S, D], [S] on the device; what the step tells of them is on its way.
+
+        chunks: those of a step with trees, for the ones whose children were drawn.
+        """
         logits = self.model.logits(hidden, ops)
-        chosen = choose(logits, inputs, ops)
+        adjusted = adjust(logits, inputs, ops)
+        chosen = choose(adjusted, inputs, ops)
+        if any(chunk.draws is not None for chunk in chunks):
+            self._sample_through(chunks, adjusted, chosen, step)
         step.tokens = _to_host(chosen)
         if inputs.alternatives is not None:
             tokens = chosen.clamp(max=logits.shape[1] - 1)  # NaN has chosen none, which `result` will say
             step.scores = tuple(map(_to_host, ops.score(logits, tokens, inputs.alternatives)))
         return chosen
+
+    def _sample_through(self, chunks: Sequence[Chunk], logits: torch.Tensor, chosen: torch.Tensor, step: Step) -> None:
+        """Trees whose children were drawn: the walk decides, on the host in float64, and its tokens are `chosen`."""
+        row = 0
+        for chunk in chunks:
+            count = 1 + len(chunk.behind)
+            if isinstance(chunk.draws, Draws) and chunk.tree is not None and chunk.sampling is not None:
+                params = chunk.sampling.params
+                laws = [law_of(one, params) for one in logits[row : row + count].float().cpu().numpy()]
+                nodes, tokens = walked(chunk.tree, laws, chunk.draws)
+                step.paths[chunk.request_id] = nodes
+                rows = [row, *(row + 1 + node for node in nodes)]
+                chosen[send(np.array(rows, dtype=np.int64), self.device)] = send(
+                    np.array(tokens, dtype=np.int64), self.device
+                )
+            row += count
 
     def _score_prompts(self, step: Step, hidden: torch.Tensor, ready: Prepared, ops: Ops) -> None:
         assert ready.targets is not None
@@ -291,12 +320,17 @@ def _to_host(tensor: torch.Tensor, reused: bool = False) -> torch.Tensor:
     return tensor.to("cpu", non_blocking=True, copy=True)
 
 
-def choose(logits: torch.Tensor, inputs: SampleInputs, ops: Ops) -> torch.Tensor:
-    """The next token of each row, [S] int64, after penalties and biases."""
+def adjust(logits: torch.Tensor, inputs: SampleInputs, ops: Ops) -> torch.Tensor:
+    """Logits [S, V] after penalties, biases and grammars."""
     if inputs.penalties is not None:
         logits = ops.adjust(logits, *inputs.penalties.arguments)
     if inputs.allowed is not None:
         logits = ops.restrict(logits, inputs.allowed)
+    return logits
+
+
+def choose(logits: torch.Tensor, inputs: SampleInputs, ops: Ops) -> torch.Tensor:
+    """The next token of each row, [S] int64."""
     return ops.sample(
         logits,
         inputs.temperature,

@@ -35,6 +35,7 @@ from ridgeline.schedule.policy import Policy
 from ridgeline.schedule.queue import Queue, Rank
 
 NO_DRAFTS: Mapping[str, TokenTree] = {}
+NO_DRAWS: Mapping[str, object] = {}
 
 Choice = tuple[Request, int]
 """A request and how many new tokens it may compute in this step."""
@@ -463,10 +464,16 @@ class Scheduler:
 
     # What the step is
 
-    def plan(self, chosen: Sequence[Choice], drafts: Mapping[str, TokenTree] = NO_DRAFTS) -> StepPlan | None:
+    def plan(
+        self,
+        chosen: Sequence[Choice],
+        drafts: Mapping[str, TokenTree] = NO_DRAFTS,
+        draws: Mapping[str, object] = NO_DRAWS,
+    ) -> StepPlan | None:
         """The chosen tokens as a step: decodes first, each group in rank order. None if there are none.
 
-        drafts: trees by request, each within what `room` granted. Requests that ended since `choose` are left
+        drafts: trees by request, each within what `room` granted. draws: of some of them, how their children were
+        drawn (`Chunk.draws`). Requests that ended since `choose` are left
         out. A step with drafts cannot be run ahead of.
         """
         ones: list[tuple[Chunk, Request]] = []
@@ -497,7 +504,8 @@ class Scheduler:
             request.planned = end
             if sampling is not None and request_id in drafts:
                 tree = drafts[request_id]
-                chunk = chunk._replace(tree=tree, behind=_samplings_behind(request, tree))
+                behind = _samplings_behind(request, tree)
+                chunk = chunk._replace(tree=tree, behind=behind, draws=draws.get(request_id))
                 ahead, new = False, chunk.new
             (ones if new == 1 else others).append((chunk, request))
         if not ones and not others:

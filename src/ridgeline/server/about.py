@@ -1,7 +1,7 @@
 """What the server says of itself: models, health, readiness, metrics, version, settings.
 
-Knows the state. It must not change it. /health is progress, not a flag: an engine that has said nothing for too long
-makes it a 503.
+Knows the state. It must not change it. /health is progress, not a flag: an engine that has requests and
+makes no step for too long makes it a 503.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from ridgeline import __version__
 from ridgeline.server.errors import ApiError, shutting_down, starting
-from ridgeline.server.openapi import described
+from ridgeline.server.openapi import JSON, TEXT, described, object_of
 from ridgeline.server.state import State
 from ridgeline.server.supervisor import Phase
 
@@ -24,6 +24,12 @@ def router(state: State) -> APIRouter:
     """The endpoints."""
     routes = APIRouter()
     supervisor, settings = state.supervisor, state.settings
+    described_model = object_of(id="string", object={"const": "model"}, created="integer", owned_by="string")
+    listed = object_of(object={"const": "list"}, data={"type": "array", "items": described_model})
+    health_schema = object_of(
+        status={"const": "ok"}, engine="string", steps="integer", restarts="integer", silent_s="number",
+        requests="integer",
+    )  # fmt: skip
 
     def model(name: str) -> dict[str, Any]:
         found = {"id": name, "object": "model", "created": state.created, "owned_by": "ridgeline"}
@@ -31,16 +37,17 @@ def router(state: State) -> APIRouter:
             found["max_model_len"] = state.face.facts.max_model_len
         return found
 
-    @routes.get("/v1/models", **described())
+    @routes.get("/v1/models", **described(answer={JSON: listed}))
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [model(name) for name in state.names]})
 
-    @routes.get("/v1/models/{name:path}", **described())
-    async def one_model(name: str) -> Response:
+    @routes.get("/v1/models/{name:path}", **described(answer={JSON: described_model}, place="name"))
+    async def one_model(request: Request) -> Response:
+        name = request.path_params["name"]
         state.check_model(name)
         return JSONResponse(model(name))
 
-    @routes.get("/health", **described())
+    @routes.get("/health", **described(answer={JSON: health_schema}))
     async def health() -> Response:
         beat = supervisor.beat
         body = {
@@ -52,11 +59,11 @@ def router(state: State) -> APIRouter:
             "requests": 0 if beat is None else beat.requests,
         }
         if not state.healthy:
-            message = f"the engine has been silent for {supervisor.silent_s:.0f} s"
+            message = f"the engine has made no progress for {supervisor.stuck_s:.0f} s"
             raise ApiError(503, message, None, "unhealthy", settings.retry_after_s)
         return JSONResponse(body)
 
-    @routes.get("/ready", **described())
+    @routes.get("/ready", **described(answer={JSON: object_of(status={"const": "ready"})}))
     async def ready() -> Response:
         if state.draining:
             raise shutting_down(settings.retry_after_s)
@@ -64,11 +71,11 @@ def router(state: State) -> APIRouter:
             raise starting(settings.retry_after_s)
         return JSONResponse({"status": "ready"})
 
-    @routes.get("/metrics", **described())
+    @routes.get("/metrics", response_class=Response, **described(answer={TEXT: {"type": "string"}}))
     async def metrics() -> Response:
         return Response(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @routes.get("/version", **described())
+    @routes.get("/version", **described(answer={JSON: object_of(version="string")}))
     async def version() -> Response:
         return JSONResponse({"version": __version__})
 

@@ -10,11 +10,12 @@ import asyncio
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.responses import Response
 
+from ridgeline.core.request import RequestMetrics
 from ridgeline.server.edge import Receive, Scope, Send
 from ridgeline.server.errors import ApiError, internal, queue_timeout, request_timeout
 from ridgeline.server.intake import Plan
@@ -82,8 +83,7 @@ class Answer(Response):
         watcher = asyncio.create_task(self._watch(receive))
         state.streams.add(self)
         try:
-            for job in plan.jobs:
-                state.supervisor.submit(job)
+            state.admission.enter(plan.ticket, plan.jobs[0].requests[0].priority, self._start, self._refuse)
             if self.stream:
                 await self._streamed(send)
             else:
@@ -105,16 +105,29 @@ class Answer(Response):
         """For the log: counts and ends, never text."""
         outputs = [one for job in self.plan.jobs for one in job.output.outputs]
         metrics = [job.output.metrics for job in self.plan.jobs if job.output.metrics is not None]
-        first = min((one.ttft_s for one in metrics if one.ttft_s is not None), default=None)
+        params = self.plan.jobs[0].requests[0].params
         scope["ridgeline.log"] = {
+            "n": self.plan.shown,
+            "max_tokens": self.plan.jobs[0].requests[0].max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "cached_tokens": sum(job.output.num_cached_tokens for job in self.plan.jobs),
             "prompt_tokens": sum(len(job.requests[0].tokens) for job in self.plan.jobs),
             "completion_tokens": sum(len(one.token_ids) for one in outputs),
             "finish": sorted({one.finish_reason or "abort" for one in outputs}),
             "stream": self.stream,
             "gone": self._gone,
             **({"cut_off": self._cut_off} if self._cut_off else {}),
-            **({} if first is None else {"ttft_s": round(first, 4)}),
+            **_times(metrics),
         }
+
+    def _start(self) -> None:
+        for job in self.plan.jobs:
+            self.state.supervisor.submit(job)
+
+    def _refuse(self, error: ApiError) -> None:
+        for job in self.plan.jobs:
+            job.fail(error)
 
     # What may happen meanwhile
 
@@ -238,6 +251,21 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": body, "more_body": not last})
         finally:
             self.blocked_since = None
+
+
+def _times(metrics: Sequence[RequestMetrics]) -> dict[str, float]:
+    """Seconds of a request's parts, as far as it came: of its first prompt."""
+    if not metrics:
+        return {}
+    one = metrics[0]
+    moments = (one.arrival_s, one.first_scheduled_s, one.first_token_s, one.finished_s)
+    parts = {"queue_s": (0, 1), "prefill_s": (1, 2), "ttft_s": (0, 2), "decode_s": (2, 3), "e2e_s": (0, 3)}
+    found = {}
+    for name, (begin, end) in parts.items():
+        earlier, later = moments[begin], moments[end]
+        if moments[1] is not None and earlier is not None and later is not None:
+            found[name] = round(max(later - earlier, 0.0), 4)
+    return found
 
 
 async def sweep(state: State, every_s: float = 0.5) -> None:

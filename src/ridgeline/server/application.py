@@ -32,7 +32,7 @@ def application(state: State) -> Application:
     app.add_exception_handler(HTTPException, _unrouted)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _broken)
-    return Edge(app, state.settings, state.metrics.answered)
+    return Edge(app, state.settings, state.metrics.answered, state.traces)
 
 
 def _answer(error: ApiError) -> Response:

@@ -20,7 +20,7 @@ from ridgeline.server.answers import Answer, event
 from ridgeline.server.formats import chat_logprobs, finish_reason, usage
 from ridgeline.server.intake import Plan, body_of, plan_chat, read_body
 from ridgeline.server.jobs import Job
-from ridgeline.server.openapi import described
+from ridgeline.server.openapi import COMPLETED, described
 from ridgeline.server.requests import ChatRequest
 from ridgeline.server.settings import ServerSettings
 from ridgeline.server.state import State
@@ -138,7 +138,7 @@ def router(state: State) -> APIRouter:
     """The endpoint."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", **described(ChatRequest, "CreateChatCompletionResponse"))
+    @routes.post("/v1/chat/completions", **described(ChatRequest, state.settings, state.names, COMPLETED))
     async def chat_completions(request: Request) -> Response:
         state.open_face()
         body = read_body(ChatRequest, await body_of(request, state), state)

@@ -19,7 +19,7 @@ from ridgeline.server.answers import Answer, event
 from ridgeline.server.formats import completion_logprobs, finish_reason, usage
 from ridgeline.server.intake import Plan, body_of, plan_completion, read_body
 from ridgeline.server.jobs import Job
-from ridgeline.server.openapi import described
+from ridgeline.server.openapi import COMPLETED, described
 from ridgeline.server.requests import CompletionRequest
 from ridgeline.server.state import State
 
@@ -145,7 +145,7 @@ def router(state: State) -> APIRouter:
     """The endpoint."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", **described(CompletionRequest, "CreateCompletionResponse"))
+    @routes.post("/v1/completions", **described(CompletionRequest, state.settings, state.names, COMPLETED))
     async def completions(request: Request) -> Response:
         state.open_face()
         body = read_body(CompletionRequest, await body_of(request, state), state)

@@ -19,6 +19,7 @@ from typing import Any
 from ridgeline.server.errors import ApiError, internal, invalid, short, unauthorized
 from ridgeline.server.page import locked
 from ridgeline.server.settings import ServerSettings
+from ridgeline.server.traces import Traced
 
 logger = logging.getLogger("ridgeline.server")
 
@@ -52,17 +53,19 @@ def response(error: ApiError, request_id: str | None = None) -> tuple[Message, M
 
 
 class Edge:
-    """The outermost application. counted(method, path, status, seconds) hears of every answer."""
+    """The outermost application. counted(method, path, status, seconds) hears of every answer, and traced."""
 
     def __init__(
         self,
         inner: Application,
         settings: ServerSettings,
         counted: Callable[[str, str, int, float], None],
+        traced: Traced | None = None,
     ) -> None:
         self._inner = inner
         self._settings = settings
         self._counted = counted
+        self._traced = traced
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +74,7 @@ class Edge:
             return
         if scope["type"] != "http":
             return
-        began = time.perf_counter()
+        began, began_ns = time.perf_counter(), time.time_ns()
         given = _header(scope, b"x-request-id")
         own = given.decode() if given and _GIVEN_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope["request_id"] = own
@@ -116,7 +119,16 @@ class Edge:
                     "status": status or 499,
                     "seconds": round(seconds, 4),
                 }
-                logger.info("request", extra={"fields": {**fields, **scope.get("ridgeline.log", {})}})
+                noted = scope.get("ridgeline.log", {})
+                logger.info("request", extra={"fields": {**fields, **noted}})
+                if self._traced is not None:
+                    http = {
+                        "http.request.method": fields["method"],
+                        "http.route": path,
+                        "http.response.status_code": fields["status"],
+                        "gen_ai.request.id": own,
+                    }
+                    self._traced(_trace_headers(scope), began_ns, began_ns + int(seconds * 1e9), http, noted)
 
     def _check(self, scope: Scope) -> None:
         settings, headers = self._settings, scope["headers"]
@@ -154,6 +166,12 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
             found: bytes = value
             return found
     return None
+
+
+def _trace_headers(scope: Scope) -> dict[str, str]:
+    """The trace that a client's request belongs to."""
+    names = (b"traceparent", b"tracestate")
+    return {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in names}
 
 
 def salt_of(scope: Scope, settings: ServerSettings, given: str | None) -> str:

@@ -28,6 +28,59 @@ _KEYS = {
     "tool": {"role", "content", "name", "tool_call_id"},
 }
 _UNSUPPORTED = ("image_url", "input_audio", "file", "video_url", "audio_url", "input_image", "input_file")
+_PARTS = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        "required": ["type", "text"],
+        "additionalProperties": {"type": "null"},
+    },
+}
+_SAID: dict[str, Any] = {"anyOf": [{"type": "string"}, _PARTS]}
+_CALL = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["id", "type", "function"],
+    "additionalProperties": False,
+}
+
+
+def _spoken(roles: Sequence[str], required: Sequence[str], **more: Any) -> dict[str, Any]:
+    """The schema of a message of these roles."""
+    properties = {"role": {"enum": list(roles)}, "content": _SAID, "name": {"type": ["string", "null"]}, **more}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": ["role", *required],
+        "additionalProperties": {"type": "null"},
+    }
+
+
+MESSAGES_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "anyOf": [
+            _spoken(("developer", "system", "user"), ["content"]),
+            _spoken(("assistant",), ["content"], refusal={"type": ["string", "null"]}),
+            _spoken(("assistant",), ["tool_calls"], tool_calls={"type": "array", "minItems": 1, "items": _CALL},
+                    content={"anyOf": [_SAID, {"type": "null"}]}),
+            _spoken(("tool",), ["content", "tool_call_id"], tool_call_id={"type": "string"}),
+        ]
+    },
+}  # fmt: skip
+"""What `read_messages` takes, for /openapi.json."""
 SWITCHES_TAKEN = frozenset(
     (
         "tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "add_generation_prompt",

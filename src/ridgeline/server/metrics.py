@@ -27,7 +27,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model, "engine": "0"}
-        self._preemptions = self._queries = self._hits = 0
+        self._preemptions = self._queries = self._hits = self._blocks = 0
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self.running = gauge("vllm:num_requests_running", "Requests in the engine's batch.")
         self.waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a seat.")

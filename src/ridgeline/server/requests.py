@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ridgeline.server.errors import ApiError, invalid, short
+from ridgeline.server.messages import MESSAGES_SCHEMA
 from ridgeline.server.settings import ServerSettings
 
 WITHOUT_EFFECT = ("user", "metadata", "store")
@@ -146,7 +147,7 @@ class NamedTool(Strict):
 class ChatRequest(Sampled):
     """Body of /v1/chat/completions. Messages are read by `server/messages.py`."""
 
-    messages: list[Any]
+    messages: Annotated[list[Any], Field(json_schema_extra=MESSAGES_SCHEMA)]
     max_tokens: Annotated[int, Field(ge=1, le=(1 << 31) - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=(1 << 31) - 1)] | None = None
     logprobs: bool = False
@@ -164,7 +165,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Any] | None = None
+    messages: Annotated[list[Any] | None, Field(json_schema_extra=MESSAGES_SCHEMA)] = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -174,7 +175,7 @@ class DetokenizeRequest(Strict):
     """Body of /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 Body = TypeVar("Body", bound=Strict)

@@ -21,6 +21,7 @@ from ridgeline.core.errors import RidgelineError
 from ridgeline.server.answers import sweep
 from ridgeline.server.application import application
 from ridgeline.server.edge import JsonLines
+from ridgeline.server.errors import engine_restarted
 from ridgeline.server.protocol import LimitedProtocol
 from ridgeline.server.settings import ServerSettings
 from ridgeline.server.state import State
@@ -113,6 +114,7 @@ async def _run(settings: ServerSettings, listener: socket.socket) -> str | None:
             await asyncio.sleep(0.05)
         drained.cancel()
     else:
+        state.admission.empty(engine_restarted())
         await asyncio.sleep(0.1)  # those in flight are told why
     server.should_exit = True
     await asyncio.gather(serving, return_exceptions=True)

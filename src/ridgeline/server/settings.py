@@ -20,6 +20,7 @@ class ServerSettings:
 
     served_model_name: names that requests may give; the first one answers. api_keys: none means open.
     engine: settings of EngineConfig. faults: let /debug/fault break the engine (tests and soaks only).
+    otlp_traces_endpoint: URL that takes OpenTelemetry's traces over HTTP.
     slo: objectives in seconds, by "ttft" and "tpot"; requests that would miss them are queued or refused.
     """
 
@@ -31,7 +32,7 @@ class ServerSettings:
     faults: bool = False
     log_level: str = "info"
     slo: Mapping[str, float] = field(default_factory=dict)
-    enable_auto_tool_choice: bool = True
+    otlp_traces_endpoint: str | None = None
 
     max_body_bytes: int = 16 * MIB
     max_body_chunks: int = 65_536

@@ -22,6 +22,7 @@ from ridgeline.server.live import Live
 from ridgeline.server.metrics import Metrics
 from ridgeline.server.settings import ServerSettings
 from ridgeline.server.supervisor import Phase, Supervisor
+from ridgeline.server.traces import Traces
 from ridgeline.text.conversation import Conversations
 from ridgeline.text.generation import default_params, generation_config
 from ridgeline.text.intake import Intake
@@ -81,6 +82,8 @@ class State:
         self.supervisor = Supervisor(settings, self._ready, self._heard, self.metrics.itl.observe)
         self.face: Face | None = None
         self.draining = False
+        endpoint = settings.otlp_traces_endpoint
+        self.traces = None if endpoint is None else Traces(endpoint, self.names[0])
         self.threads = ThreadPoolExecutor(2, "intake")
         self.streams: set[object] = set()
         supervisor, admission = self.supervisor, self.admission
@@ -109,7 +112,7 @@ class State:
 
     def _heard(self, message: Stepped | Beat) -> None:
         if isinstance(message, Stepped):
-            self.admission.pace.heard(message)
+            self.admission.heard(message)
         self.metrics.heard(message)
         self.live.heard(message)
 
@@ -136,16 +139,16 @@ class State:
         return (
             not self.draining
             and self.supervisor.phase is Phase.READY
-            and self.supervisor.silent_s <= self.settings.ready_silence_s
+            and self.supervisor.stuck_s <= self.settings.ready_silence_s
         )
 
     @property
     def healthy(self) -> bool:
-        """Whether this process does its work: the engine speaks, or is being started."""
+        """Whether this process does its work: the engine makes progress, or is being started."""
         supervisor = self.supervisor
         if supervisor.phase is Phase.FAILED:
             return False
-        return supervisor.phase is not Phase.READY or supervisor.silent_s <= self.settings.health_silence_s
+        return supervisor.phase is not Phase.READY or supervisor.stuck_s <= self.settings.health_silence_s
 
     @property
     def condition(self) -> str:
@@ -161,14 +164,18 @@ class State:
         limit = time.monotonic() + self.settings.drain_timeout_s
         while (self.supervisor.jobs or self.streams) and time.monotonic() < limit:
             await asyncio.sleep(0.05)
+        error = shutting_down(self.settings.retry_after_s)
+        self.admission.empty(error)
         for job in self.supervisor.jobs:
             self.supervisor.abort(job)
-            job.fail(shutting_down(self.settings.retry_after_s))
+            job.fail(error)
 
     async def close(self) -> None:
         if self.face is not None:
             self.face.grammars.close()
         await self.supervisor.stop()
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
         self.threads.shutdown(wait=False, cancel_futures=True)
 
 

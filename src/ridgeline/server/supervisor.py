@@ -141,6 +141,11 @@ class Supervisor:
         """How long the engine has said nothing."""
         return time.monotonic() - self.heard_s
 
+    @property
+    def stuck_s(self) -> float:
+        """How long there has been no step, though there were requests; an engine that is silent makes none either."""
+        return time.monotonic() - self.progress_s
+
     def start(self) -> None:
         self._task = asyncio.create_task(self._supervise(), name="supervisor")
 
@@ -237,9 +242,9 @@ class Supervisor:
                 await asyncio.wait_for(self._lost.wait(), TICK_S * 5)
             except TimeoutError:
                 limit = self.settings.watchdog_s if self.phase is Phase.READY else self.settings.start_timeout_s
-                since = self.heard_s if self.phase is Phase.READY else began
+                since = self.progress_s if self.phase is Phase.READY else began
                 if time.monotonic() - since > limit:
-                    logger.error("the engine has been silent for %.0f s: it is killed", limit)
+                    logger.error("the engine has made no progress for %.0f s: it is killed", limit)
                     break
         self._kill()
         await self._process.wait()

@@ -15,7 +15,7 @@ from ridgeline.core.errors import InvalidArgument
 from ridgeline.server.errors import invalid, refused
 from ridgeline.server.intake import aside, body_of, characters_of, read_body
 from ridgeline.server.messages import read_messages
-from ridgeline.server.openapi import described
+from ridgeline.server.openapi import JSON, described, object_of
 from ridgeline.server.requests import DetokenizeRequest, TokenizeRequest
 from ridgeline.server.state import INLINE_CHARACTERS, State
 
@@ -23,8 +23,10 @@ from ridgeline.server.state import INLINE_CHARACTERS, State
 def router(state: State) -> APIRouter:
     """The endpoints."""
     routes = APIRouter()
+    ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+    tokenized = object_of(count="integer", max_model_len="integer", tokens=ids)
 
-    @routes.post("/tokenize", **described(TokenizeRequest))
+    @routes.post("/tokenize", **described(TokenizeRequest, state.settings, state.names, {JSON: tokenized}))
     async def tokenize(request: Request) -> Response:
         body = read_body(TokenizeRequest, await body_of(request, state), state)
         face = state.open_face(body.model)
@@ -47,7 +49,9 @@ def router(state: State) -> APIRouter:
             found["token_strs"] = [face.tokenizer.token_text(token) for token in ids]
         return JSONResponse(found)
 
-    @routes.post("/detokenize", **described(DetokenizeRequest))
+    @routes.post(
+        "/detokenize", **described(DetokenizeRequest, state.settings, state.names, {JSON: object_of(prompt="string")})
+    )
     async def detokenize(request: Request) -> Response:
         body = read_body(DetokenizeRequest, await body_of(request, state), state)
         face = state.open_face(body.model)

@@ -11,11 +11,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from ridgeline.core.tree import ROOT, TokenTree
+from ridgeline.speculate.tree_size import Shape, likeliest
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 """The drafter's probability, in classes."""
 
-DEEPEST, RANKS = 16, 8
+DEEPEST, RANKS = 12, 8
 FADING = 0.998
 """Older trials count for less: the text changes."""
 
@@ -48,6 +49,10 @@ class Acceptance:
     def of(self, rank: int, q: float) -> float:
         hits, trials = self._classes[min(rank, RANKS - 1)][bisect_right(EDGES, q)]
         return hits / trials
+
+    def shape(self, width: int, most: int) -> Shape:
+        """The likeliest nodes by depth and rank."""
+        return likeliest(self.by_depth, width, DEEPEST, most)
 
     def learn(self, tree: TokenTree, ranks: Sequence[int], chances: Sequence[float], accepted: Sequence[int]) -> None:
         """A verified tree. ranks, chances: each node's rank among its drafter's proposals, and its probability."""

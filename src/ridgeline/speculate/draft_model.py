@@ -22,6 +22,7 @@ from ridgeline.kernels.select import Table
 from ridgeline.kv.pages import Pages
 from ridgeline.models.decoder import Decoder
 from ridgeline.run.prepare import penalizes, prepare, sample_inputs, send
+from ridgeline.run.verify import Choose, Trial, draw_children, law_of
 
 
 @dataclass(slots=True)
@@ -37,10 +38,12 @@ class _State:
 
 @dataclass(slots=True)
 class Proposal:
-    """Children that a drafter proposes behind a node: best first, with its probabilities."""
+    """Children that a drafter proposes behind a node: best first, with its probabilities; or drawn from its law, in
+    that order, as `trials`."""
 
     tokens: list[int]
     chances: list[float]
+    trials: list[Trial] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -49,6 +52,8 @@ class Growth:
 
     sketch: what is proposed; at: the nodes that the next pass computes (ROOT at first), in the order of `expanded`,
     which holds all nodes computed so far.
+    coldly: propose its likeliest tokens, whatever the noise. choose: draw children from its law with this, as many
+    behind each node of `at` as `counts` says.
     """
 
     request: Request
@@ -57,6 +62,9 @@ class Growth:
     sketch: Sketch = field(default_factory=Sketch)
     at: list[int] = field(default_factory=lambda: [ROOT])
     expanded: list[int] = field(default_factory=list)
+    coldly: bool = False
+    choose: Choose | None = None
+    counts: list[int] = field(default_factory=list)
 
 
 class DraftModel:
@@ -75,6 +83,8 @@ class DraftModel:
         self.block_size = block_size
         self.most_tokens = most_tokens
         self.passes = 0
+        self.last_rows = 0
+        """Rows of the pass that proposed last."""
         self._states: dict[str, _State] = {}
 
     def forget(self, request_id: str) -> None:
@@ -104,6 +114,7 @@ class DraftModel:
             rows += [first + row for row in wanted]
             first += chunk.new
             settings += [_sampling(growth, node) for node in growth.at]
+        self.last_rows = first
         plan = StepPlan(0, tuple(chunks))
         ops = self.table.ops(plan.kind)
         batch = prepare(plan, self.device, self.block_size).batch
@@ -121,7 +132,10 @@ class DraftModel:
         result: list[list[Proposal]] = []
         row = 0
         for growth in growths:
-            result.append([Proposal(ids[row + i], values[row + i]) for i in range(len(growth.at))])
+            if growth.choose is None:
+                result.append([Proposal(ids[row + i], values[row + i]) for i in range(len(growth.at))])
+            else:
+                result.append(_drawn(growth, growth.choose, logits[row : row + len(growth.at)]))
             row += len(growth.at)
         return result
 
@@ -133,7 +147,7 @@ class DraftModel:
         if growth.at == [ROOT]:
             state = self._current(request, blocks)
             start = state.computed
-            new = tokens[start:]
+            new = self._known(tokens[start:])
             state.computed = len(tokens)
             state.blocks = list(blocks[: -(-(len(tokens) + growth.nodes) // self.block_size)])
             return Chunk(request.request_id, new, start, blocks, sampling), [len(new) - 1]
@@ -147,8 +161,15 @@ class DraftModel:
         self._states[request.request_id].ahead.clear()
         tree, order = sketch.tree(growth.expanded)
         place = {node: at for at, node in enumerate(order)}
-        chunk = Chunk(request.request_id, tokens[-1:], len(tokens) - 1, blocks, sampling, tree=tree)
+        last = self._known(tokens[-1:])
+        chunk = Chunk(request.request_id, last, len(tokens) - 1, blocks, sampling, tree=tree)
         return chunk, [1 + place[node] for node in growth.at]
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        """Tokens as this model may read them. The target's vocabulary may be padded further than its own: an id beyond
+        stands as 0, and what is drafted behind it is as good as that."""
+        most = self.model.spec.vocabulary
+        return tokens if max(tokens) < most else [token if token < most else 0 for token in tokens]
 
     def _current(self, request: Request, blocks: Sequence[int]) -> _State:
         """A request's state, as far as it still holds: blocks that were replaced or given up are not up to date."""
@@ -179,12 +200,23 @@ class DraftModel:
             while len(request.tokens) - state.computed > room:
                 start = state.computed
                 end = min(start + self.most_tokens, len(request.tokens) - 1)
-                chunk = Chunk(request.request_id, request.tokens[start:end], start, blocks, None)
+                chunk = Chunk(request.request_id, self._known(request.tokens[start:end]), start, blocks, None)
                 plan = StepPlan(0, (chunk,))
                 batch = prepare(plan, self.device, self.block_size).batch
                 batch = replace(batch, rows=send(np.array([end - start - 1], dtype=np.int64), self.device))
                 self.model.forward(batch, self.pages.keys, self.pages.values, self.table.ops(plan.kind))
                 state.computed, state.blocks = end, list(blocks[: -(-end // self.block_size)])
+
+
+def _drawn(growth: Growth, choose: Choose, logits: torch.Tensor) -> list[Proposal]:
+    """Children drawn without replacement. The request's cuts are the drafter's too: what the target cannot choose
+    would be rejected."""
+    proposals = []
+    for count, row in zip(growth.counts, logits.float().cpu().numpy()):
+        q = law_of(row, growth.request.params)
+        trials = draw_children(q, count, choose) if count else []
+        proposals.append(Proposal([one.token for one in trials], [float(q[one.token]) for one in trials], trials))
+    return proposals
 
 
 def _sampling(growth: Growth, node: int) -> Sampling:
@@ -194,11 +226,7 @@ def _sampling(growth: Growth, node: int) -> Sampling:
     depth = 0 if node == ROOT else sketch.depths[node]
     tokens: Sequence[int] = request.tokens
     if depth and penalizes(params):
-        path: list[int] = []
-        while node != ROOT:
-            path.append(sketch.tokens[node])
-            node = sketch.parents[node]
-        tokens = [*request.tokens, *reversed(path)]
-    if params.top_k == 1:
+        tokens = [*request.tokens, *sketch.path_tokens(node)]
+    if params.top_k == 1 or growth.coldly:
         params = replace(params, temperature=0.0)
     return Sampling(params, request.seed, len(request.tokens) + depth, tokens, request.prompt_len)

@@ -10,39 +10,86 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ridgeline.core.request import Request
 from ridgeline.core.speculation import Speculation
-from ridgeline.core.step import Accepted, Spans, StepPlan, StepResult
+from ridgeline.core.step import Accepted, StepPlan, StepResult
 from ridgeline.core.tree import MOST_NODES, ROOT, Sketch, TokenTree, merged
-from ridgeline.speculate.acceptance import Acceptance
+from ridgeline.run.verify import Draws, Path, Trial, seeded
+from ridgeline.speculate.acceptance import DEEPEST, RANKS, Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
 from ridgeline.speculate.ngram import SuffixIndex
 from ridgeline.speculate.seconds import Seconds
-from ridgeline.speculate.tree_size import Sizes, Want, choose_sizes
+from ridgeline.speculate.tree_size import Shape, Sizes, choose_sizes
 
 Room = Callable[[Request, int], int]
 """(request, nodes wanted) -> nodes granted, their slots reserved."""
 
-DEEPEST = 12
 WIDTH = 4
 """Siblings that are considered at each node, when the sizer decides."""
+
+CONSIDERED = 64
+"""Nodes of a request's tree, when the sizer decides."""
+
+ROOM = 2
+"""A request may have so many times the nodes that the sizer counts with: what is drafted decides, node by node."""
+
+BREADTH = 16
+"""Nodes of a level, at most, behind which a tree grows on."""
+
+REFRESH_STEPS = 32
+"""Sizes are chosen anew every so many steps, at first more often."""
 
 PROBE_STEPS = 128
 """Without trees nothing is learned, so every so many steps a small one is tried."""
 
 NGRAM_DEPTH = 10
 
+DRAFTING, VERIFYING = 1, 2
+"""Stages of a round's own random numbers. The noise that chooses tokens is another."""
+
+
+Cut = dict[tuple[int, int], int]
+
 
 @dataclass(slots=True)
 class _Drafted:
-    """A tree under way: each node's rank, its drafter's probability, and which drafter it came from."""
+    """A tree under way: each node's rank, its drafter's probability, and which drafter it came from. draws: how its
+    children were drawn, if they were. cut: if anyone listens, (node or ROOT, token proposed behind it and left out of
+    the tree) -> the token's rank."""
 
     tree: TokenTree
     ranks: list[int]
     chances: list[float]
     sources: list[int]
+    draws: Draws | None = None
+    cut: Cut = field(default_factory=dict)
+
+
+class _Drawn:
+    """A tree whose children are drawn: how many where, and what they were drawn from. counts: by place, a path of
+    ranks. trials: by path of tokens."""
+
+    def __init__(self, counts: Mapping[Path, int]) -> None:
+        self._counts = counts
+        self._places: dict[int, Path] = {ROOT: ()}
+        self.trials: dict[Path, list[Trial]] = {}
+
+    def counts(self, nodes: Sequence[int]) -> list[int]:
+        """How many children to draw behind each of these nodes."""
+        return [self._counts.get(self._places[node], 0) for node in nodes]
+
+    def going_on(self, growth: Growth, proposed: Sequence[Proposal], following: Sequence[int]) -> list[int]:
+        """Take in what was drawn behind `growth.at`, the nodes `following`; those behind which more is to be drawn."""
+        drawn = iter(following)
+        for parent, one in zip(growth.at, proposed):
+            self.trials[growth.sketch.path_tokens(parent)] = one.trials
+            for rank in range(len(one.trials)):
+                self._places[next(drawn)] = (*self._places[parent], rank)
+        going = [node for node in following if self._counts.get(self._places[node], 0)]
+        growth.counts = self.counts(going)
+        return going
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +99,9 @@ class Round:
     ranks, chances, sources: of each node, its rank among its siblings when it was proposed, its drafter's
     probability, and the drafter's number. accepted: nodes of the path, top down; tokens: what they and the target
     chose, one more than accepted. sizes: what the sizer chose for the step, with its reasons. draft_s, step_s:
-    seconds of drafting and of the step, for all its requests together; requests: how many had a tree.
+    seconds of drafting and of the step, for all its requests together; requests: how many had a tree. before: known
+    tokens of the request, the last of which is the root. cut: (node or ROOT, token proposed behind it and left out
+    of the tree) -> the token's rank.
     """
 
     request_id: str
@@ -66,6 +115,8 @@ class Round:
     draft_s: float
     step_s: float
     requests: int
+    before: int
+    cut: Mapping[tuple[int, int], int]
 
 
 @dataclass(slots=True)
@@ -82,9 +133,10 @@ class Tally:
 class Speculator:
     """Drafts trees for the requests of a step.
 
-    speculation: what was asked for. models: the draft models, none for n-grams. seconds: of a step of the target by
-    its rows; draft_seconds: of a pass of the draft models by requests. Both learn from what steps take. most_rows:
-    known tokens and nodes of a step, over all requests.
+    speculation: what was asked for. models: the draft models, none for n-grams. seconds: of a step of the target with
+    trees, by its rows; plain_seconds: of one without, which has kernels of its own and less to prepare;
+    draft_seconds: of a pass of the draft models by its rows. All learn from what steps take. most_rows: known tokens
+    and nodes of a step, over all requests.
     """
 
     def __init__(
@@ -92,6 +144,7 @@ class Speculator:
         speculation: Speculation,
         models: Sequence[DraftModel],
         seconds: Seconds,
+        plain_seconds: Seconds,
         draft_seconds: Seconds,
         most_rows: int,
         clock: Callable[[], float] = time.perf_counter,
@@ -99,17 +152,21 @@ class Speculator:
         self.speculation = speculation
         self.models = list(models)
         self.seconds = seconds
+        self.plain_seconds = plain_seconds
         self.draft_seconds = draft_seconds
         self.most_rows = most_rows
         self.acceptance = Acceptance()
         self.sizes: Sizes | None = None
-        """What the sizer chose last, with its reasons."""
+        """What the sizer chose for the last step, with its reasons; None if no request could have a tree."""
         self.tally = Tally()
         self.listeners: list[Callable[[Round], None]] = []
         """Each hears of every verified tree."""
         self._clock = clock
         self._drafted: dict[str, _Drafted] = {}
         self._indices: dict[str, SuffixIndex] = {}
+        self._shapes: dict[int, Shape] = {}
+        self._chosen: dict[tuple[int, int], Sizes] = {}
+        self._stale_at = 0
         self._without = 0
         self.last_draft_s = 0.0
         """What drafting for the last step took."""
@@ -119,31 +176,50 @@ class Speculator:
         """Whether the sizer decides."""
         return not self.speculation.widths and self.speculation.nodes is None
 
-    def draft(self, chosen: Sequence[tuple[Request, int]], room: Room, deepest: Callable[[Request], int],
-              table: Callable[[str], Sequence[int]]) -> dict[str, TokenTree]:  # fmt: skip
+    def pays(self, requests: int) -> bool:
+        """Whether so many requests, all at their last tokens, would get trees now. Asked while nothing is drafted,
+        it counts the steps that go by, and says yes now and then for the sake of learning."""
+        if not self.sized:
+            return requests > 0
+        if not requests:
+            return False
+        if self._choose(requests, 0).depth:
+            return True
+        self._without += 1
+        return self._without >= PROBE_STEPS
+
+    def draft(
+        self,
+        chosen: Sequence[tuple[Request, int]],
+        room: Room,
+        deepest: Callable[[Request], int],
+        table: Callable[[str], Sequence[int]],
+    ) -> dict[str, TokenTree]:
         """Trees for requests that are chosen for their next token, those for whom one pays and is possible.
 
         room, deepest: what the scheduler grants. table: a request's blocks.
         """
         began = self._clock()
         self._drafted = {}
-        candidates = [
-            (request, deepest(request))
-            for request, new in chosen
-            if new == 1 and not request.unread and request.planned == len(request.tokens) - 1 >= request.prompt_len
-        ]
-        candidates = [(request, depth) for request, depth in candidates if depth > 0]
+        self.sizes = None
+        candidates = []
+        for request, new in chosen:
+            if new == 1 and not request.unread and request.planned == len(request.tokens) - 1 >= request.prompt_len:
+                depth = deepest(request)
+                if depth > 0:
+                    candidates.append((request, depth))
         if candidates:
-            sizes = self._sizes([Want(len(r.tokens), d, MOST_NODES) for r, d in candidates], chosen)
-            self.sizes = sizes
+            sizes = self.sizes = self._sizes(len(candidates), sum(new for _, new in chosen) - len(candidates))
             if sizes.depth:
                 self._without = 0
+                shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
+                most = min(MOST_NODES, ROOM * sizes.nodes) if shaped else sizes.nodes
                 growing = []
                 left = self.most_rows - len(chosen)
-                for (request, depth), nodes in zip(candidates, sizes.nodes):
-                    granted = room(request, min(nodes, left)) if min(nodes, left) > 0 else 0
+                for request, depth in candidates:
+                    granted = room(request, min(most, left)) if left > 0 else 0
                     if granted:
-                        growing.append((request, min(depth, sizes.depth), granted))
+                        growing.append((request, min(depth, DEEPEST if shaped else sizes.depth), granted))
                         left -= granted
                 self._grow(growing, table, sizes)
             else:
@@ -152,28 +228,66 @@ class Speculator:
         self.tally.draft_s += self.last_draft_s
         return {request_id: drafted.tree for request_id, drafted in self._drafted.items()}
 
-    def _sizes(self, wants: list[Want], chosen: Sequence[tuple[Request, int]]) -> Sizes:
+    @property
+    def draws(self) -> dict[str, object]:
+        """How children were drawn, of those requests in the last draft whose were."""
+        return {request_id: one.draws for request_id, one in self._drafted.items() if one.draws is not None}
+
+    def _verification(self, request: Request) -> str:
+        """Requests with a seed, and greedy ones, have their noise; others leave the choice to the configuration."""
+        params = request.params
+        if params.seed is not None or params.temperature == 0 or params.top_k == 1:
+            return "coupled"
+        return self.speculation.verification
+
+    @property
+    def _width(self) -> int:
+        return WIDTH if self.speculation.method == "tree" else 1
+
+    def _sizes(self, requests: int, others: int) -> Sizes:
         asked = self.speculation
-        if not self.sized:
-            depth = len(asked.widths) or (asked.nodes or 1)
-            nodes = asked.most_nodes
-            if asked.method == "tree" and not asked.widths:
-                depth = min(depth, DEEPEST)
-            return Sizes(depth, (nodes,) * len(wants), 0.0, 0.0, 0.0, 0.0)
-        others = sum(new for _, new in chosen) - len(wants)
-        beside = Spans((others,), (others,)) if others else Spans((), ())
-        width = WIDTH if asked.method == "tree" else 1
-
-        def target(spans: Spans) -> float:
-            return self.seconds(sum(spans.new))
-
-        def draft(requests: int, depth: int) -> float:
-            return 0.0 if not self.models else depth * self.draft_seconds(requests)
-
-        sizes = choose_sizes(wants, beside, self.acceptance.by_depth, target, draft, width, DEEPEST)
+        if asked.widths:
+            return Sizes(len(asked.widths), asked.most_nodes, 0.0, 0.0, 0.0, 0.0)
+        if asked.nodes is not None:
+            depth = max(self._shape(asked.nodes).depths)
+            return Sizes(depth, asked.nodes, 0.0, 0.0, 0.0, 0.0)
+        sizes = self._choose(requests, others)
         if sizes.depth == 0 and self._without >= PROBE_STEPS:
-            return Sizes(1, (1,) * len(wants), sizes.tokens_per_s, sizes.plain_per_s, 0.0, 0.0)
+            return replace(sizes, depth=1, nodes=1)
         return sizes
+
+    def _choose(self, requests: int, others: int) -> Sizes:
+        """What the sizer says, as of some steps ago."""
+        if self.tally.steps >= self._stale_at:
+            self._stale_at = self.tally.steps + max(2, min(REFRESH_STEPS, self.tally.steps))
+            self._shapes.clear()
+            self._chosen.clear()
+        key = requests, others.bit_length()
+        found = self._chosen.get(key)
+        if found is None:
+            shape = self._shape(CONSIDERED)
+            found = self._chosen[key] = choose_sizes(
+                requests,
+                others,
+                shape,
+                max(shape.depths),
+                self.seconds,
+                self._pass_s,
+                again=self._width > 1,
+                most_rows=self.most_rows,
+                plain=self.plain_seconds,
+            )
+        return found
+
+    def _shape(self, most: int) -> Shape:
+        """The likeliest nodes of this many, as of some steps ago."""
+        if most not in self._shapes:
+            self._shapes[most] = self.acceptance.shape(self._width, most)
+        return self._shapes[most]
+
+    def _pass_s(self, rows: int) -> float:
+        """Seconds of a pass of the drafters."""
+        return self.draft_seconds(rows) if self.models else 0.0
 
     # Growing trees
 
@@ -182,23 +296,27 @@ class Speculator:
     ) -> None:
         if not growing:
             return
-        if not self.models:
-            for request, depth, nodes in growing:
-                index = self._indices.setdefault(request.request_id, SuffixIndex())
-                sketch = index.draft(request.tokens, min(depth, NGRAM_DEPTH))
-                self._keep(request, sketch, nodes, dict.fromkeys(range(len(sketch)), (0, 0.5, 0)))
-            return
-        several: list[list[_Drafted]] = [[] for _ in growing]
-        for source, model in enumerate(self.models):
-            share = [(request, depth, max(1, nodes // len(self.models))) for request, depth, nodes in growing]
-            for place, drafted in enumerate(self._by_model(model, source, share, table, sizes)):
-                if drafted is not None:
-                    several[place].append(drafted)
-        for (request, _, nodes), drafts in zip(growing, several):
-            if len(drafts) == 1:
-                self._drafted[request.request_id] = drafts[0]
-            elif drafts:
-                self._drafted[request.request_id] = _union(drafts, nodes)
+        drafters = len(self.models) + self.speculation.looks_up
+        share = [(request, depth, max(1, nodes // drafters)) for request, depth, nodes in growing]
+        several: list[list[_Drafted | None]] = [
+            self._by_model(model, source, share, table, sizes) for source, model in enumerate(self.models)
+        ]
+        if self.speculation.looks_up:
+            several.append([self._looked_up(*one) for one in share])
+        for (request, _, nodes), *drafts in zip(growing, *several):
+            found = [one for one in drafts if one is not None]
+            if len(found) == 1:
+                self._drafted[request.request_id] = found[0]
+            elif found:
+                self._drafted[request.request_id] = _union(found, nodes, bool(self.listeners))
+
+    def _looked_up(self, request: Request, depth: int, nodes: int) -> _Drafted | None:
+        """What followed the last tokens before."""
+        index = self._indices.setdefault(request.request_id, SuffixIndex())
+        sketch = index.draft(request.tokens, min(depth, NGRAM_DEPTH))
+        rank = RANKS - 1 if self.models else 0  # counted apart from what models propose
+        noted = dict.fromkeys(range(len(sketch)), (rank, 0.5, len(self.models)))
+        return _arranged(sketch, sketch.best(nodes), noted, bool(self.listeners))
 
     def _by_model(
         self,
@@ -210,7 +328,16 @@ class Speculator:
     ) -> list[_Drafted | None]:
         """One model's trees, level by level. Its own chance of each node is the product down its path."""
         widths = self.speculation.widths
-        growths = [Growth(request, table(request.request_id), nodes) for request, _, nodes in growing]
+        growths: list[Growth] = []
+        drawn: dict[int, _Drawn] = {}
+        for request, _, nodes in growing:
+            family = self._verification(request)
+            growth = Growth(request, table(request.request_id), nodes, coldly=family == "target_only")
+            if family == "multi_step":
+                growth.choose = seeded(request.seed, len(request.tokens), DRAFTING)
+                drawn[len(growths)] = _Drawn(self._topology(nodes, sizes.depth))
+                growth.counts = drawn[len(growths)].counts([ROOT])
+            growths.append(growth)
         notes: list[dict[int, tuple[int, float, int]]] = [{} for _ in growing]
         active = list(range(len(growths)))
         level = 0
@@ -218,62 +345,96 @@ class Speculator:
             began = self._clock()
             level += 1
             width = widths[level - 1] if widths else (1 if self.speculation.method == "draft_model" else WIDTH)
-            behind = level > 1
             proposals = model.propose([growths[place] for place in active], width)
             for place, proposed in zip(active, proposals):
-                self._add(growths[place], proposed, notes[place], source)
-            active = [
-                place
-                for place in active
-                if self._goes_on(growths[place], level, min(growing[place][1], sizes.depth), sizes)
-            ]
-            if behind:  # the first level also catches up, which is no price of a level
-                self.draft_seconds.learn(len(proposals), self._clock() - began)
+                growth = growths[place]
+                following = self._add(growth, proposed, notes[place], source)
+                ends = level == (min(growing[place][1], sizes.depth) if place in drawn else growing[place][1])
+                if place in drawn:
+                    going = drawn[place].going_on(growth, proposed, following)
+                else:
+                    going = [] if ends else self._going_on(growth, following, level, sizes)
+                growth.at = [] if ends else going
+            active = [place for place in active if growths[place].at]
+            if level > 1:  # the first also catches up, which is no price of a pass
+                self.draft_seconds.learn(model.last_rows, len(self.models) * (self._clock() - began))
         result: list[_Drafted | None] = []
-        for (_, _, nodes), growth, noted in zip(growing, growths, notes):
+        for place, ((request, _, nodes), growth, noted) in enumerate(zip(growing, growths, notes)):
             sketch = growth.sketch
+            if place in drawn:  # whoever was drawn stays: leaving one out by what it is would bend the law
+                arranged = _arranged(sketch, range(len(sketch)), noted)
+                if arranged is not None:
+                    arranged.draws = Draws(drawn[place].trials, seeded(request.seed, len(request.tokens), VERIFYING))
+                result.append(arranged)
+                continue
             kept = sketch.best(nodes)
             if self.sized:
                 kept = [node for node in kept if sketch.scores[node] >= sizes.least_chance]
-            result.append(_arranged(sketch, kept, noted))
+            result.append(_arranged(sketch, kept, noted, bool(self.listeners)))
         return result
+
+    def _topology(self, nodes: int, depth: int) -> dict[Path, int]:
+        """How many children to draw behind each place of a tree, places being paths of ranks. It looks at no token."""
+        counts: dict[Path, int] = {}
+        widths = self.speculation.widths
+        if widths:
+            frontier: list[Path] = [()]
+            for width in widths[:depth]:
+                following: list[Path] = []
+                for place in frontier:
+                    counts[place] = min(width, nodes - sum(counts.values()))
+                    following += [(*place, rank) for rank in range(counts[place])]
+                frontier = following
+            return {place: count for place, count in counts.items() if count}
+        shape = self._shape(max(nodes, 1)).within(depth)
+        places: dict[int, Path] = {-1: ()}
+        for node in range(min(nodes, len(shape))):
+            parent = places[shape.parents[node]]
+            places[node] = (*parent, counts.get(parent, 0))  # the next one drawn, whichever rank was likeliest
+            counts[parent] = counts.get(parent, 0) + 1
+        return counts
 
     def _add(
         self, growth: Growth, proposed: Sequence[Proposal], noted: dict[int, tuple[int, float, int]], source: int
-    ) -> None:
-        """Proposals become nodes; the next level's `at` are those that will be expanded."""
+    ) -> list[int]:
+        """Proposals become nodes."""
         sketch, following = growth.sketch, []
         for parent, one in zip(growth.at, proposed):
             above = 1.0 if parent == ROOT else sketch.scores[parent]
             for rank, (token, chance) in enumerate(zip(one.tokens, one.chances)):
-                score = above * min(0.999, self.acceptance.of(rank, chance))
-                if rank and score > above * 0.999:
-                    score = above * 0.999
-                node = sketch.add(token, parent, score)
+                node = sketch.add(token, parent, above * min(0.999, self.acceptance.of(rank, chance)))
                 noted.setdefault(node, (rank, chance, source))
                 following.append(node)
-        growth.at = following if self.speculation.widths else following[:1]
+        return following
 
-    def _goes_on(self, growth: Growth, level: int, depth: int, sizes: Sizes) -> bool:
-        if level >= depth or not growth.at or len(growth.expanded) + len(growth.at) > growth.nodes:
-            return False
-        if not self.sized:
-            return True
-        chance = growth.sketch.scores[growth.at[0]] * self.acceptance.by_depth(level + 1, 0)
-        return chance >= sizes.least_path
-
-    def _keep(self, request: Request, sketch: Sketch, nodes: int, noted: Mapping[int, tuple[int, float, int]]) -> None:
-        drafted = _arranged(sketch, sketch.best(nodes), noted)
-        if drafted is not None:
-            self._drafted[request.request_id] = drafted
+    def _going_on(self, growth: Growth, following: Sequence[int], level: int, sizes: Sizes) -> list[int]:
+        """Nodes of a level behind which the tree grows: as many as have slots if widths are prescribed, else the
+        likeliest."""
+        sketch, sized = growth.sketch, self.sized
+        going = list(following)
+        if sized:
+            first_child = self.acceptance.by_depth(level + 1, 0)
+            going = [node for node in going if sketch.scores[node] * first_child >= sizes.least_chance]
+        elif not self.speculation.widths:
+            best = set(sketch.best(growth.nodes))
+            going = [node for node in going if node in best]
+        going.sort(key=lambda node: -sketch.scores[node])
+        slots = growth.nodes - len(growth.expanded)
+        going = going[: slots if self.speculation.widths else min(BREADTH, slots)]
+        if sized and going and first_child * sum(sketch.scores[node] for node in going) < sizes.least_path:
+            return []
+        return going
 
     # Learning
 
     def learn(self, plan: StepPlan, result: StepResult, step_s: float) -> None:
         """A step has been run in step_s seconds, drafting left out."""
-        if all(chunk.sampling is not None for chunk in plan.chunks):  # prefills' rows cost less
-            self.seconds.learn(plan.num_tokens, step_s)
+        if all(len(chunk.token_ids) == 1 for chunk in plan.chunks):  # prefills' rows cost less
+            trees = any(chunk.tree is not None for chunk in plan.chunks)
+            ours, other = (self.seconds, self.plain_seconds) if trees else (self.plain_seconds, self.seconds)
+            other.drift(ours.learn(plan.num_tokens, step_s))
         self.tally.steps += 1
+        known = {chunk.request_id: chunk.start + len(chunk.token_ids) for chunk in plan.chunks if self.listeners}
         for request_id, drafted in self._drafted.items():
             accepted = result.accepted.get(request_id)
             if accepted is None:
@@ -287,9 +448,9 @@ class Speculator:
                 count[0] += 1
                 count[1] += node in nodes
             if self.listeners:
-                self._tell(request_id, drafted, accepted, step_s)
+                self._tell(request_id, drafted, accepted, step_s, known[request_id])
 
-    def _tell(self, request_id: str, drafted: _Drafted, accepted: Accepted, step_s: float) -> None:
+    def _tell(self, request_id: str, drafted: _Drafted, accepted: Accepted, step_s: float, before: int) -> None:
         assert self.sizes is not None
         told = Round(
             request_id,
@@ -303,6 +464,8 @@ class Speculator:
             self.last_draft_s,
             step_s,
             len(self._drafted),
+            before,
+            drafted.cut,
         )
         for listener in self.listeners:
             listener(told)
@@ -314,20 +477,37 @@ class Speculator:
             model.forget(request_id)
 
 
-def _arranged(sketch: Sketch, kept: Sequence[int], noted: Mapping[int, tuple[int, float, int]]) -> _Drafted | None:
+def _arranged(
+    sketch: Sketch, kept: Sequence[int], noted: Mapping[int, tuple[int, float, int]], explained: bool = False
+) -> _Drafted | None:
+    """Nodes as a tree; if it will be explained, with what was left out."""
     if not kept:
         return None
     tree, order = sketch.tree(kept)
     notes = [noted[node] for node in order]
-    return _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    drafted = _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    if explained:
+        place = {ROOT: ROOT, **{node: at for at, node in enumerate(order)}}
+        for node, parent in enumerate(sketch.parents):
+            if node not in place and parent in place:
+                drafted.cut[place[parent], sketch.tokens[node]] = noted[node][0]
+    return drafted
 
 
-def _union(drafts: Sequence[_Drafted], nodes: int) -> _Drafted:
+def _union(drafts: Sequence[_Drafted], nodes: int, explained: bool = False) -> _Drafted:
     """Trees of several drafters merged by path; a node keeps the notes of the first that proposed it."""
     known: dict[tuple[int, ...], tuple[int, float, int]] = {}
     for one in drafts:
         for node in range(len(one.tree)):
             known.setdefault(tuple(one.tree.path_tokens(node)), (one.ranks[node], one.chances[node], one.sources[node]))
     tree = merged(one.tree for one in drafts).within(nodes, MOST_NODES)
-    notes = [known[tuple(tree.path_tokens(node))] for node in range(len(tree))]
-    return _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    place = {(): ROOT, **{tuple(tree.path_tokens(node)): node for node in range(len(tree))}}
+    notes = [known[path] for path in place if path]
+    drafted = _Drafted(tree, [one[0] for one in notes], [one[1] for one in notes], [one[2] for one in notes])
+    for one in drafts if explained else ():
+        left = [((*one.tree.path_tokens(parent), token), rank) for (parent, token), rank in one.cut.items()]
+        left += [(tuple(one.tree.path_tokens(node)), rank) for node, rank in enumerate(one.ranks)]
+        for path, rank in left:
+            if path not in place and path[:-1] in place:
+                drafted.cut.setdefault((place[path[:-1]], path[-1]), rank)
+    return drafted

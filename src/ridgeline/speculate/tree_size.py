@@ -4,49 +4,83 @@ Knows chances of acceptance by depth and rank, and prices, both as arguments. It
 price comes about. The choice is made before anything is drafted and looks at no token.
 
 What a step is expected to commit is additive: one token a request, and for each node the chance that its whole path
-is accepted. So for a given number of nodes the best trees are the likeliest nodes of all requests in one ranking,
-and the choice is over that number and over how deep to draft (Sequoia, Chen et al., 2402.12374, and AdaServe, Li et
-al., 2501.12162, choose so for fixed and for pooled trees).
+is accepted. So for a given number of nodes the best tree is that of the likeliest nodes, and the choice is over
+that number and over how deep to draft (Sequoia, Chen et al., 2402.12374, and AdaServe, Li et al., 2501.12162, choose
+so for fixed and for pooled trees).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ridgeline.core.step import Spans
-
-TargetPrice = Callable[[Spans], float]
-"""Seconds of a step of the target."""
-
-DraftPrice = Callable[[int, int], float]
-"""Seconds of drafting: (requests, depth)."""
+Price = Callable[[int], float]
+"""Rows -> seconds: of a step of the target, or of a pass of the drafters."""
 
 Chance = Callable[[int, int], float]
 """(depth from 1, rank from 0) -> chance of a node whose parent is accepted."""
 
+PATIENCE = 3
+"""Depths beyond the best so far that are tried."""
 
-@dataclass(frozen=True)
-class Want:
-    """A request that may get a tree. visible: keys that its next token sees; most_depth, most_nodes: its room;
-    quality: its own acceptance beside the average, a factor."""
-
-    visible: int
-    most_depth: int
-    most_nodes: int
-    quality: float = 1.0
+HOPELESS = 0.8
+"""Beyond a rate below this share of the best of that depth, larger trees are not tried: chances only fall."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The likeliest nodes of an endless tree, likeliest first: a tree for every number of them.
+
+    values: chance that the whole path is accepted; depths: from 1; parents: places in the same lists, -1 for the
+    root; ranks: among siblings.
+    """
+
+    values: tuple[float, ...]
+    depths: tuple[int, ...]
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def within(self, depth: int) -> Shape:
+        """Its nodes no deeper than that."""
+        kept = [place for place, own in enumerate(self.depths) if own <= depth]
+        new = {-1: -1, **{place: at for at, place in enumerate(kept)}}
+        return Shape(
+            tuple(self.values[place] for place in kept),
+            tuple(self.depths[place] for place in kept),
+            tuple(new[self.parents[place]] for place in kept),
+            tuple(self.ranks[place] for place in kept),
+        )
+
+
+def likeliest(chance: Chance, width: int, deepest: int, most: int) -> Shape:
+    """The `most` likeliest nodes of a tree of `width` children a node, at most `deepest` deep."""
+    found: list[tuple[float, int, int, int]] = []
+    heap = [(-min(0.99, chance(1, rank)), 1, rank, -1) for rank in range(width)]
+    heapq.heapify(heap)
+    while heap and len(found) < most:
+        value, depth, rank, parent = heapq.heappop(heap)
+        found.append((-value, depth, parent, rank))
+        if depth < deepest:
+            for below in range(width):
+                heapq.heappush(heap, (value * min(0.99, chance(depth + 1, below)), depth + 1, below, len(found) - 1))
+    values, depths, parents, ranks = zip(*found) if found else ((), (), (), ())
+    return Shape(values, depths, parents, ranks)
+
+
+@dataclass(frozen=True, slots=True)
 class Sizes:
     """What was chosen, and why.
 
-    depth: levels to draft; nodes: of each request's tree. tokens_per_s: expected, against `plain_per_s` without
-    trees. node_s: seconds that one more node costs; level_s: that one more level of drafting costs.
+    depth: levels to draft; nodes: of a request's tree. tokens_per_s: expected, against `plain_per_s` without
+    trees. node_s: seconds that one more node costs; level_s: that one more level of drafting costs a request.
     """
 
     depth: int
-    nodes: tuple[int, ...]
+    nodes: int
     tokens_per_s: float
     plain_per_s: float
     node_s: float
@@ -64,66 +98,57 @@ class Sizes:
 
 
 def choose_sizes(
-    wants: Sequence[Want],
-    others: Spans,
-    chance: Chance,
-    target: TargetPrice,
-    draft: DraftPrice,
-    width: int,
+    requests: int,
+    other_rows: int,
+    shape: Shape,
     deepest: int,
+    target: Price,
+    draft: Price,
+    again: bool = True,
+    most_rows: int = 1 << 30,
+    plain: Price | None = None,
 ) -> Sizes:
-    """Trees for the requests of a step, beside `others` (spans that will be computed anyway).
+    """Trees for so many requests of a step, beside `other_rows` that will be computed anyway.
 
-    width: siblings considered at each node of the best path, whose other children are not expanded.
+    draft: of one pass of the drafters, which computes the root of each request, or the nodes that have children so
+    far. again: whether a pass computes those of earlier levels once more, or only the last level's. most_rows: of
+    a step, over all requests. plain: of a step without trees, if that has a price of its own.
     """
-    visible = tuple(want.visible for want in wants)
-    ones = (1,) * len(wants)
-
-    def target_s(nodes: int) -> float:
-        """With so many nodes over all requests, spread evenly: prices look at sums."""
-        each, rest = divmod(nodes, len(wants))
-        more = [each + (place < rest) for place in range(len(wants))]
-        new = tuple(one + extra for one, extra in zip(ones, more))
-        seen = tuple(one + extra for one, extra in zip(visible, more))
-        return target(Spans((*new, *others.new), (*seen, *others.visible)))
-
-    plain_s = target_s(0)
-    plain = len(wants) / plain_s
-    best: tuple[float, int, tuple[int, ...]] = (plain, 0, (0,) * len(wants))
-    for depth in range(1, min(deepest, max((want.most_depth for want in wants), default=0)) + 1):
-        ranking: list[tuple[float, int]] = []
-        for place, want in enumerate(wants):
-            path = 1.0
-            own = []
-            for level in range(1, min(depth, want.most_depth) + 1):
-                own += [path * min(0.99, want.quality * chance(level, rank)) for rank in range(width)]
-                path *= min(0.99, want.quality * chance(level, 0))
-            ranking += [(value, place) for value in sorted(own, reverse=True)[: want.most_nodes]]
-        ranking.sort(key=lambda entry: -entry[0])
-        drafting_s = draft(len(wants), depth)
-        expected, at = float(len(wants)), 0
-        for count in _counts(len(ranking)):
-            expected += sum(value for value, _ in ranking[at:count])
-            at = count
-            rate = expected / (target_s(count) + drafting_s)
+    plain_s = (plain or target)(requests + other_rows)
+    plain_per_s = requests / plain_s
+    best = (plain_per_s, 0, 0)
+    first_s = draft(requests)
+    for depth in range(1, deepest + 1):
+        if depth > best[1] + PATIENCE:
+            break
+        tree = shape.within(depth)
+        inner = [0] * (depth + 1)  # by depth, nodes with children: those that a pass computes
+        known: set[int] = set()
+        expected, drafting_s, reached, highest = 1.0, first_s, 1, 0.0
+        for place in range(len(tree)):
+            if requests * (place + 2) + other_rows > most_rows:
+                break
+            parent = tree.parents[place]
+            expected += tree.values[place]
+            if parent >= 0 and parent not in known:
+                known.add(parent)
+                inner[tree.depths[parent]] += 1
+                reached = max(reached, tree.depths[parent] + 1)
+                drafting_s = first_s
+                rows = 0
+                for level in range(1, reached):
+                    rows = rows + inner[level] if again else inner[level]
+                    drafting_s += draft(requests * rows)
+            if reached < depth:
+                continue  # a smaller depth has it
+            rate = requests * expected / (target(requests * (place + 2) + other_rows) + drafting_s)
             if rate > best[0]:
-                nodes = [0] * len(wants)
-                for _, place in ranking[:count]:
-                    nodes[place] += 1
-                best = (rate, depth, tuple(nodes))
-    rate, depth, chosen = best
-    total = sum(chosen)
-    step = max(1, total // 4)
-    node_s = max(0.0, (target_s(total + step) - target_s(total)) / step)
-    level_s = max(0.0, draft(len(wants), depth + 1) - draft(len(wants), depth)) / len(wants)
-    return Sizes(depth, chosen, rate, plain, node_s, level_s)
-
-
-def _counts(most: int) -> list[int]:
-    """Numbers of nodes that are tried: every one up to 16, then an eighth more each time."""
-    counts = []
-    count = 1
-    while count < most:
-        counts.append(count)
-        count += max(1, count // 8) if count >= 16 else 1
-    return [*counts, most] if most else []
+                best = (rate, depth, place + 1)
+            if rate < HOPELESS * highest:
+                break
+            highest = max(highest, rate)
+    rate, depth, nodes = best
+    rows = requests * (1 + nodes) + other_rows
+    step = max(1, requests * nodes // 4)
+    node_s = max(0.0, (target(rows + step) - target(rows)) / step)
+    return Sizes(depth, nodes, rate, plain_per_s, node_s, draft(requests) / requests)

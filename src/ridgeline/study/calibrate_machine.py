@@ -32,6 +32,7 @@ from ridgeline.perf.limit import LimitCurve, OwnProduct, matrix_rate, measure_cu
 from ridgeline.perf.machine_card import Curve, MachineCard, Plane, Sizes, shape_of
 from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
+from ridgeline.run.runner import Step
 from ridgeline.study.calibrate import around, fitted, quiet
 from ridgeline.study.step_bench import Shape, StepBench, versions
 from ridgeline.study.timing import Works, clocks, forget, on_cuda, on_host
@@ -39,6 +40,7 @@ from ridgeline.study.timing import Works, clocks, forget, on_cuda, on_host
 COLD = 4
 """Calls in a row read this many times the last cache before one comes round again, if there are as many."""
 LONG_STEP_S = 5e-3
+WARM_STEPS = 2
 HIDDEN_S = 3e-4
 """The host launches any op in less than this."""
 SURELY = 1.5
@@ -114,10 +116,10 @@ CUDA = Points(
     models=(
         Made("narrow", _qwen3(768, 2048, 12, 6, 32, 120_000)),
         Made("small", _qwen3(1536, 4608, 12, 4, 24, 100_000)),
-        Made("middle", _llama(3072, 9216, 24, 8, 16, 80_000)),
+        Made("middle", _llama(3072, 9216, 24, 6, 16, 80_000)),
         Made("wide", _llama(5120, 13_824, 40, 8, 8, 64_000)),
         Made("experts", _mixture(96, 6, 640, 1536, 4096, 16, 4, 8, 100_000)),
-        Made("more-experts", _mixture(144, 9, 896, 2560, 4096, 24, 3, 4, 80_000)),
+        Made("more-experts", _mixture(144, 9, 896, 2560, 4096, 20, 5, 4, 90_000)),
     ),
     dtype="bfloat16",
     tokens=(1, 2, 4, 6, 12, 24, 48, 80, 96, 192, 320, 768, 1280, 3072, 6144, 10_240),
@@ -441,19 +443,21 @@ def _steps(bench: StepBench, points: Points, found: _Found, name: str) -> None:
 
 
 def step_seconds(bench: StepBench, shape: Shape, repeats: int = 7) -> tuple[float, float]:
-    """(seconds on the device, of the host to start it) of a step, as the engine runs it: medians."""
+    """(seconds on the device, of the host to start it) of a step, as the engine runs it: medians.
+
+    Where the engine overlaps steps, the next one is started before the results of this one are read.
+    """
     device_s, start_s = [], []
-    runner = bench.built.runner
-    for number in range(repeats + 2):
-        plan = bench.plan(shape)
+    runner, overlap = bench.built.runner, bench.built.engine.overlap
+    flights: list[Step] = []
+    for plan in [bench.plan(shape) for _ in range(repeats + WARM_STEPS)]:
         began = time.perf_counter()
-        step = runner.start(plan)
-        started = time.perf_counter() - began
-        taken = step.result().device_s
-        if number >= 2:
-            device_s.append(taken)
-            start_s.append(started)
-    return statistics.median(device_s), statistics.median(start_s)
+        flights.append(runner.start(plan))
+        start_s.append(time.perf_counter() - began)
+        if len(flights) > overlap:
+            device_s.append(flights.pop(0).result().device_s)
+    device_s += [one.result().device_s for one in flights]
+    return statistics.median(device_s[WARM_STEPS:]), statistics.median(start_s[WARM_STEPS:])
 
 
 def _anchored(card: MachineCard, found: _Found) -> MachineCard:

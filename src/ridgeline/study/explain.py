@@ -1,4 +1,4 @@
-"""Where every millisecond of a step went: floor, kernels, gaps, host, padding; and what to do about it.
+"""Where every millisecond of a step went: floor, kernels, gaps, host, drafting, padding; and what to do about it.
 
 Knows step records, a Timer's calls, and the limit curve measured on the spot. It must not know how steps are made.
 A workload runs twice: unwatched, for the time of steps, and watched, for the shares of ops; what watching costs is
@@ -8,8 +8,10 @@ calibration card says of the same steps stands beside them.
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,12 +99,13 @@ class Predicted:
 class Explained:
     """The mean step of one class of work, split up. All seconds.
 
-    step_s = floor_s + kernels_s + gaps_s + host_s. floor_memory_s and floor_compute_s: the floor by the roof that
-    its ops hit. kernels_s: ops beyond their floors; gaps_s: device time outside of ops (preparation, launches,
-    results); host_s: scheduling and commit; where steps overlap, only what the device waited for. padding: rows of the
-    mean step that nobody asked for; padding_s: of step_s, what they took, if the ops do them as fast as the others.
-    observer_s: what watching added to a step. curve: the limit that the floor is by; working_set_bytes: what a step
-    touches. predicted: by a card, if there is one.
+    step_s = floor_s + kernels_s + gaps_s + host_s + draft_s. floor_memory_s and floor_compute_s: the floor by the roof
+    that its ops hit. kernels_s: ops beyond their floors; gaps_s: device time outside of ops (preparation, launches,
+    results); host_s: scheduling and commit; where steps overlap, only what the device waited for; draft_s: drafting
+    token trees. tokens: rows, of which `drafted` were nodes of trees; accepted: those nodes that became tokens.
+    padding: rows of the mean step that nobody asked for; padding_s: of step_s, what they took, if the ops do them as
+    fast as the others. observer_s: what watching added to a step. curve: the limit that the floor is by;
+    working_set_bytes: what a step touches. predicted: by a card, if there is one.
     """
 
     kind: str
@@ -118,6 +121,9 @@ class Explained:
     dtype: str = "float32"
     padding: float = 0.0
     padding_s: float = 0.0
+    draft_s: float = 0.0
+    drafted: float = 0.0
+    accepted: float = 0.0
     predicted: Predicted | None = None
     advice: tuple[str, ...] = field(default=())
 
@@ -128,7 +134,7 @@ class Explained:
     @property
     def ops_s(self) -> float:
         """All ops of an unwatched step."""
-        return self.step_s - self.gaps_s - self.host_s
+        return self.step_s - self.gaps_s - self.host_s - self.draft_s
 
     @property
     def kernels_s(self) -> float:
@@ -151,6 +157,9 @@ class Explained:
             "kernels_s": self.kernels_s,
             "gaps_s": self.gaps_s,
             "host_s": self.host_s,
+            "draft_s": self.draft_s,
+            "drafted_per_step": self.drafted,
+            "accepted_per_step": self.accepted,
             "padding_rows": self.padding,
             "padding_s": self.padding_s,
             "observer_s": self.observer_s,
@@ -199,10 +208,25 @@ def explain(
     progress: Callable[[int, int], None] | None = None,
     card: Card | None = None,
 ) -> list[Explained]:
-    """Run `jobs` on an engine, `rounds` times unwatched and as often watched, and split the steps of each class.
+    """Run `jobs` on an engine and split the steps of each class, as `explain_serving` does."""
+    return explain_serving(
+        built, lambda seed: drive(built.engine, jobs, built.spec.vocabulary, seed, concurrency), rounds, progress, card
+    )
 
-    Raises MeasurementError if an op comes out more than 5 % above the limit at its working set, also when the limit
-    is measured a second time; InvalidArgument for a card of another model or dtype.
+
+def explain_serving(
+    built: Built,
+    serve: Callable[[int], object],
+    rounds: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+    card: Card | None = None,
+) -> list[Explained]:
+    """Let `serve` run its workload on an engine, `rounds` times unwatched and as often watched, and split the steps of
+    each class of work that both kinds of runs had (trees follow prices, which differ from run to run).
+
+    serve(number): all of the workload; the number may seed it. Raises MeasurementError if an op comes out more than
+    5 % above the limit at its working set, also when the limit is measured a second time; InvalidArgument for a card
+    of another model or dtype.
     """
     if card is not None:
         card.check(built.directory.name, built.config.dtype)
@@ -220,7 +244,7 @@ def explain(
         unwatched: list[StepRecord] = []
         built.engine.listeners.append(unwatched.append)
         try:
-            _serve(built, jobs, concurrency, number)
+            serve(number)
         finally:
             built.engine.listeners.remove(unwatched.append)
         plain += exposed(unwatched) if built.engine.overlap else unwatched
@@ -228,7 +252,8 @@ def explain(
         records: list[StepRecord] = []
         built.engine.listeners.append(records.append)
         try:
-            _serve(built, jobs, concurrency, number)
+            with _prices_kept(built):
+                serve(number)
         finally:
             built.engine.executor = executor
             built.engine.listeners.remove(records.append)
@@ -237,12 +262,13 @@ def explain(
             watched.steps.clear()
             continue
         for record in records:
-            watched_s.setdefault(record.kind, []).append(record.host_s + record.device_s)
+            watched_s.setdefault(record.kind, []).append(record.host_s + record.device_s + record.draft_s)
         done += 1
         if progress is not None:
             progress(done, rounds)
     kinds = sorted(
-        {record.kind for record in plain}, key=lambda kind: -sum(r.device_s for r in plain if r.kind == kind)
+        {record.kind for record in plain} & set(watched_s),
+        key=lambda kind: -sum(r.device_s for r in plain if r.kind == kind),
     )
 
     def split(curve: LimitCurve) -> list[Explained]:
@@ -268,15 +294,26 @@ def explain(
 
 def exposed(records: Sequence[StepRecord]) -> list[StepRecord]:
     """Steps of an engine that overlaps them: the host's part is only what the device waited for, i.e. from one start to
-    the next less the device's time; the rest is hidden behind the step before. The last has no next one."""
+    the next less the device's time and drafting; the rest is hidden behind the step before. The last has no next one.
+    """
     return [
-        replace(one, host_s=max(after.start_s - one.start_s - one.device_s, 0.0))
+        replace(one, host_s=max(after.start_s - one.start_s - one.device_s - one.draft_s, 0.0))
         for one, after in itertools.pairwise(records)
     ]
 
 
-def _serve(built: Built, jobs: Sequence[Job], concurrency: int | None, seed: int) -> None:
-    drive(built.engine, jobs, built.spec.vocabulary, seed, concurrency)
+@contextmanager
+def _prices_kept(built: Built) -> Iterator[None]:
+    """Watched steps take longer than others, which the sizer of trees must not learn."""
+    speculator = built.speculator
+    if speculator is None:
+        yield
+        return
+    seconds, speculator.seconds = speculator.seconds, copy.deepcopy(speculator.seconds)
+    try:
+        yield
+    finally:
+        speculator.seconds = seconds
 
 
 def _explained(
@@ -315,21 +352,25 @@ def _explained(
     steps = len(records)
     host = sum(record.host_s for record in records) / steps
     device = sum(record.device_s for record in records) / steps
+    drafting = sum(record.draft_s for record in records) / steps
     measured = sum(one.measured_s for one in ops)
     result = Explained(
         kind=kind,
         steps=steps,
         tokens=sum(new for record in records for new, _ in record.spans) / steps,
-        step_s=host + device,
+        step_s=host + device + drafting,
         host_s=host,
         gaps_s=max(device - measured, 0.0),
         ops=tuple(sorted(ops, key=lambda one: -one.lost_s)),
-        observer_s=sum(watched_s) / len(watched_s) - host - device,
+        observer_s=sum(watched_s) / len(watched_s) - host - device - drafting,
         curve=curve,
         working_set_bytes=working_set,
         dtype=dtype,
         padding=sum(record.padding for record in records) / steps,
         padding_s=_padding_s(records, ops, working_set, curve, price),
+        draft_s=drafting,
+        drafted=sum(record.drafted for record in records) / steps,
+        accepted=sum(record.accepted for record in records) / steps,
         predicted=None if card is None else _predicted(card, records),
     )
     return replace(result, advice=advice(result))
@@ -364,7 +405,7 @@ def _padding_s(
 
 
 def _predicted(card: Card, records: Sequence[StepRecord]) -> Predicted:
-    """A card's say on the mean of these steps."""
+    """A card's say on the mean of these steps, drafting left out: it knows nothing of draft models."""
     count = len(records)
     attention = others = around = host = measured = beyond = 0.0
     for record in records:
@@ -412,6 +453,13 @@ def advice(step: Explained) -> tuple[str, ...]:
             step.host_s,
             f"scheduling and commit take {step.host_s * 1e3:.3g} ms a step in which the device waits: more requests a "
             "step spread them, overlap hides them",
+        )
+    )
+    found.append(
+        (
+            step.draft_s,
+            f"drafting takes {step.draft_s * 1e3:.3g} ms a step and brings {step.accepted:.3g} tokens more: a smaller "
+            "draft model or fewer levels take less",
         )
     )
     found.append(

@@ -1,4 +1,4 @@
-"""Pictures of what the studies say: rooflines, step bars, memory, batches, load, predictions.
+"""Pictures of what the studies say: rooflines, step bars, memory, batches, load, speculation, predictions.
 
 Knows the studies' results and matplotlib, which is imported only when a picture is drawn. It must not measure nor
 price anything: what is not in a result is not in its picture. Files are PNG or SVG, by their suffix.
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ridgeline.core.errors import InvalidArgument
 
@@ -46,11 +46,11 @@ OP_COLOURS = {
     "sample": "#D55E00",
     "embed": "#8C6D31",
 }
-SPARE_COLOURS = ("#F0E442", "#7B68EE", "#A52A2A", "#20B2AA", "#708090")
-OTHER_OPS, GAPS, HOST = "all other ops", "gaps", "host"
-PART_COLOURS = {OTHER_OPS: "#BFDDF0", GAPS: "#D9D9D9", HOST: "#8A8A8A"}
+SPARE_COLOURS = ("#F0E442", "#A52A2A", "#20B2AA", "#708090")
+OTHER_OPS, GAPS, HOST, DRAFTING = "all other ops", "gaps", "host", "drafting"
+PART_COLOURS = {OTHER_OPS: "#BFDDF0", GAPS: "#D9D9D9", HOST: "#8A8A8A", DRAFTING: "#7B68EE"}
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = {"prefill": "o", "decode": "^", "mixed": "s"}
+MARKERS = {"prefill": "o", "decode": "^", "mixed": "s", "tree": "D"}
 LEAST_AREA, MOST_AREA = 16.0, 480.0
 FAR = 12
 """Times further apart than this are drawn on a logarithmic axis."""
@@ -543,7 +543,8 @@ def _bars(step: Explained) -> list[tuple[str, Parts]]:
         ]
         rows.append(("card", [(name, max(seconds, 0.0)) for name, seconds in parts]))
     measured = [(one.op, one.measured_s * scale) for one in ops]
-    rows.append(("measured", [*measured, (GAPS, step.gaps_s), (HOST, step.host_s)]))
+    around = [(GAPS, step.gaps_s), (HOST, step.host_s), (DRAFTING, step.draft_s)]
+    rows.append(("measured", [*measured, *(part for part in around if part[1] or part[0] != DRAFTING)]))
     return rows
 
 
@@ -726,6 +727,95 @@ def distributions(runs: Sequence[tuple[str, Sequence[Served]]], objectives: Mapp
     if len(runs) > 1:
         _legend(figure, {one: Line2D([], [], color=c, linewidth=1.5) for (one, _), c in zip(runs, LINE_COLOURS * 2)})
     _title(figure, title)
+    return figure
+
+
+# Speculation
+
+
+def speculation(
+    speedups: Mapping[str, Mapping[int, tuple[float, float, float]]],
+    reached: Mapping[str, Sequence[float]],
+    title: str,
+) -> Any:
+    """Left: speed over that of no speculation against the batch. Right: the share of trees whose accepted path is at
+    least so deep; what lies under a line are the tokens that a step brings beyond its one.
+
+    speedups: by arm and batch, (median, low, high). reached: by arm, from depth 1 on.
+    """
+    from matplotlib.lines import Line2D
+
+    figure, (left, right) = _figure(4.4, 1, 2)
+    names = [*speedups, *(name for name in reached if name not in speedups)]
+    colours = dict(zip(names, LINE_COLOURS * (1 + len(names) // len(LINE_COLOURS))))
+    for name, curve in speedups.items():
+        batches = sorted(curve)
+        middle, low, high = zip(*(curve[batch] for batch in batches))
+        errors = [[a - b for a, b in zip(middle, low)], [a - b for a, b in zip(high, middle)]]
+        line = {"color": colours[name], "marker": "o", "markersize": 4, "linewidth": 1.4}
+        left.errorbar(batches, middle, errors, elinewidth=0.6, capsize=2, **line)
+    left.axhline(1.0, color=FAINT, linewidth=1, linestyle=DASHED, zorder=1)
+    left.set_xscale("log", base=2)
+    _words(left, "Speed over that of no speculation", "requests decoding", "times")
+    for name, shares in reached.items():
+        depths = range(1, len(shares) + 1)
+        right.plot(depths, shares, color=colours[name], marker="o", markersize=4, linewidth=1.4)
+        _note(right, f"{1 + sum(shares):.2f} tokens a step", (1, shares[0]), (6, 2), color=colours[name])
+    right.set_ylim(0, 1)
+    _words(right, "Trees whose accepted path is at least so deep", "depth", "share")
+    left.xaxis.set_major_formatter("{x:g}")
+    _title(figure, title)
+    _legend(figure, {name: Line2D([], [], color=colours[name], marker="o", markersize=4) for name in names}, columns=6)
+    return figure
+
+
+class TreeShape(Protocol):
+    """Times of a round with trees of one shape, in seconds, and the tokens a second that it is expected to bring."""
+
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def draft_s(self) -> float: ...
+    @property
+    def verify_s(self) -> float: ...
+    @property
+    def sample_s(self) -> float: ...
+    @property
+    def rate(self) -> float: ...
+
+
+def tree_shapes(curves: Mapping[int, Mapping[str, Sequence[TreeShape]]], plain: Mapping[int, float], title: str) -> Any:
+    """A panel a batch: milliseconds of drafting, verifying and sampling against nodes (left axis), and expected tokens
+    a second (right axis, grey).
+
+    curves: by batch and shape ("wide" is drawn solid, others dashed). plain: seconds of a step without a tree.
+    """
+    from matplotlib.lines import Line2D
+
+    figure = _empty(0.9 + 3.3 * -(-len(curves) // 2))
+    parts = {"draft": LINE_COLOURS[1], "verify": LINE_COLOURS[0], "sample": LINE_COLOURS[2]}
+    for axes, (batch, shapes) in zip(_panels(figure, len(curves)), curves.items()):
+        other = axes.twinx()
+        for name, found in shapes.items():
+            style = "-" if name == "wide" else DASHED
+            nodes = [one.nodes for one in found]
+            for part, colour in parts.items():
+                axes.plot(nodes, [1e3 * getattr(one, f"{part}_s") for one in found], color=colour, linestyle=style)
+            other.plot(nodes, [one.rate for one in found], color=FAINT, linestyle=style, linewidth=2.5, alpha=0.5)
+        axes.axhline(1e3 * plain[batch], color=INK, linewidth=1, linestyle=DOTTED)
+        other.tick_params(labelsize=SMALL, labelcolor=FAINT, color="#BBBBBB")
+        other.set_ylim(bottom=0)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        _words(axes, f"batch {batch}", "nodes of a tree", "ms")
+    entries = {name: Line2D([], [], color=colour) for name, colour in parts.items()}
+    entries["tokens/s, right"] = Line2D([], [], color=FAINT, linewidth=2.5, alpha=0.5)
+    entries["a plain step"] = Line2D([], [], color=INK, linewidth=1, linestyle=DOTTED)
+    entries["wide"] = Line2D([], [], color=INK)
+    entries["deep"] = Line2D([], [], color=INK, linestyle=DASHED)
+    _title(figure, title)
+    _legend(figure, entries)
     return figure
 
 

@@ -301,7 +301,7 @@ def machines(names: Sequence[str] | None) -> list[Hardware]:
 
 def planner(model: str | None, dtype: str = "auto") -> Planner:
     """A Planner for a checkpoint, a config file or a hub id; the embedded model if None."""
-    place = locate(model)
+    place = locate(model, weights=False)
     spec = parse_config(read_config(place), str(place))
     name = place.stem.removesuffix(".config") if place.suffix == ".json" else place.name
     return Planner(spec, name, chosen_dtype(dtype, spec))

@@ -22,9 +22,14 @@ from torch.profiler import ProfilerActivity, profile
 from ridgeline.core.cost import ZERO, Cost
 from ridgeline.core.step import Spans
 from ridgeline.engine.build import Built
+from ridgeline.ops import REGISTRY, Op
+from ridgeline.ops.attention_call import Call
 from ridgeline.perf.limit import LimitCurve, OwnProduct, measure_curve
 from ridgeline.perf.timer import TimedCall, Timer
+from ridgeline.study.attention.rungs import reference
+from ridgeline.study.attention.traffic import counted
 from ridgeline.study.explain import Watched
+from ridgeline.study.step_bench import Shape, StepBench
 from ridgeline.study.what_if import unfused_bytes
 from ridgeline.workload.arrivals import Job
 from ridgeline.workload.drive import drive, request_of
@@ -136,6 +141,84 @@ class Profile:
             "ops": [one.as_dict() for one in self.ops],
             "notes": list(self.notes),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """Decoding with one kernel of attention, a token: torch's operators, copies among them, kernels on a GPU (None on a
+    CPU), and attention's bytes (None if nobody has counted that kernel's) and seconds."""
+
+    name: str
+    operators: float
+    copies: float
+    kernels: float | None
+    attention_bytes: float | None
+    attention_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def rung(built: Built, name: str, prompt_len: int, output_len: int) -> Rung:
+    """Profile an engine whose attention is served by the kernel `name`."""
+    run = _ours(built, prompt_len, output_len, None, [])
+    _, ops = _by_class(built, prompt_len, output_len)
+    seconds = sum(one.seconds for one in ops if one.name == "attention")
+    return Rung(
+        name=name,
+        operators=sum(row.calls for row in run.operators) / run.tokens,
+        copies=sum(run.copies_per_token.values()),
+        kernels=run.kernels / run.tokens if run.kernels else None,
+        attention_bytes=_attention_bytes(built, prompt_len + output_len // 2),
+        attention_s=seconds,
+    )
+
+
+def verdicts(rungs: Sequence[Rung]) -> list[str]:
+    """The report's hypothesis, that attention in one pass is faster for fewer calls, copies and bytes, as each rung
+    answers it beside the first one."""
+    first, lines = rungs[0], []
+    for one in rungs[1:]:
+        said = [_against("operators", one.operators, first.operators), _against("copies", one.copies, first.copies)]
+        if one.kernels is not None and first.kernels is not None:
+            said.append(_against("kernels", one.kernels, first.kernels))
+        if one.attention_bytes is not None and first.attention_bytes is not None:
+            said.append(_against("bytes of attention", one.attention_bytes, first.attention_bytes))
+        faster = first.attention_s / one.attention_s
+        lines.append(f"{one.name} beside {first.name}: attention {faster:.2f}x as fast; {', '.join(said)}")
+    return lines
+
+
+def _against(what: str, mine: float, other: float) -> str:
+    if abs(mine - other) <= 0.01 * max(mine, other):
+        return f"as many {what}"
+    return f"{'fewer' if mine < other else 'more'} {what} ({mine:,.0f} against {other:,.0f})"
+
+
+class _Attention:
+    """An observer that keeps the arguments of attention's calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def before(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if op.name == "attention":
+            self.calls.append((args, kwargs))
+
+    def after(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None: ...
+
+
+def _attention_bytes(built: Built, context: int) -> float | None:
+    """What the kernel that serves moves in a decode step, by its own declaration or by torch's operators."""
+    plan = StepBench(built).plan(Shape(((1, context),)))
+    ops, seen = built.table.ops(plan.kind), _Attention()
+    built.runner.run(plan, ops.observed(seen))
+    serving = next(row.kernel for row in built.table.rows if (row.op, row.work) == ("attention", plan.kind))
+    kernel = reference() if serving == "reference" else REGISTRY["attention"].kernels[serving]
+    args, kwargs = seen.calls[0]
+    with torch.inference_mode():
+        one = counted(kernel, Call(*args, **kwargs), lambda: kernel.call(*args, **kwargs))
+    return None if one is None else one.bytes * len(seen.calls)
 
 
 def profiled(built: Built, prompt_len: int, output_len: int, trace: Path | None = None) -> Profile:

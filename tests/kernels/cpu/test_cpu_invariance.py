@@ -145,3 +145,20 @@ def test_sample_is_the_same_alone() -> None:
     for row in range(5):
         own = {name: value[row : row + 1] for name, value in settings.items()}
         assert kernel("sample")(logits[row : row + 1], **own, greedy=False, cut=True)[0] == whole[row]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_propose_is_the_same_alone(dtype: torch.dtype) -> None:
+    """Tokens and probabilities, and whether all rows of the batch are greedy or not."""
+    logits = torch.randn(5, 5003).to(dtype)
+    settings = {
+        "temperature": torch.tensor([0.0, 1.0, 0.7, 1.5, 0.3]),
+        "seeds": torch.randint(-(1 << 62), 1 << 62, (5,)),
+        "positions": torch.arange(5),
+    }
+    whole = kernel("propose")(logits, **settings, greedy=False, count=4)
+    for row in range(5):
+        own = {name: value[row : row + 1] for name, value in settings.items()}
+        alone = kernel("propose")(logits[row : row + 1], **own, greedy=row == 0, count=4)
+        for mine, its in zip(alone, whole):
+            assert torch.equal(mine[0], its[row])

@@ -83,7 +83,7 @@ for dtype in (torch.bfloat16, torch.float32):
         features = {"softcap": 20.0, "sinks": True, "tails": tails, "return_lse": True}
         inputs = attention_inputs("cpu", dtype, 8, 2, 128, 64, 64, new, visible, **features)
         call("attention", **inputs)
-    for name in ("norm", "layer_norm", "rope_kv_write", "sample", "moe", "linear", "feed", "embed", "take"):
+    for name in ("norm", "layer_norm", "rope_kv_write", "sample", "moe", "linear", "feed", "embed", "take", "propose"):
         for inputs in REGISTRY[name].inputs("cpu", dtype):
             if name != "embed" or "positions" in inputs:
                 call(name, **inputs)

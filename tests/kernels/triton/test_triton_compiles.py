@@ -13,7 +13,7 @@ KERNELS = {
     "_rms_kernel", "_layer_norm_kernel", "_rope_kernel", "_gate_kernel", "_fused_kernel", "_stretch_kernel",
     "_choose_kernel", "_count_kernel", "_gate_up_kernel", "_down_kernel", "_long_kernel", "_split_kernel",
     "_merge_kernel", "_row_kernel", "_gated_row_kernel", "_feed_kernel", "_product_kernel",
-    "_route_kernel", "_sum_kernel",
+    "_route_kernel", "_sum_kernel", "_take_kernel", "_embed_kernel", "_few_kernel", "_few_of_few_kernel",
 }  # fmt: skip
 
 

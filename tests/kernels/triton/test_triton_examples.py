@@ -41,6 +41,7 @@ def test_each_op_has_its_kernel() -> None:
         "feed",
         "embed",
         "take",
+        "propose",
     }
     assert {op for op, _, _ in KERNELS} == set(REGISTRY)
 

@@ -33,7 +33,7 @@ def accepts(
     return other_dtype(logits)
 
 
-@propose.kernel("cpu", needs=cpu(), accepts=accepts)
+@propose.kernel("cpu", needs=cpu(), accepts=accepts, invariant=True)
 def propose_cpu(
     logits: torch.Tensor,
     temperature: torch.Tensor,

@@ -12,7 +12,7 @@ import pytest
 from law import Laws, distance, enumerated, random_laws
 
 from ridgeline.core.tree import Sketch, TokenTree
-from ridgeline.speculate.verify import (
+from ridgeline.run.verify import (
     Choose,
     Law,
     Path,

@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from ridgeline.speculate.verify import Choose, Law, Path
+from ridgeline.run.verify import Choose, Law, Path
 
 Laws = Callable[[Path], Law]
 

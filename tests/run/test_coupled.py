@@ -12,7 +12,7 @@ from law import distance, enumerated, random_laws
 
 from ridgeline.core.tree import ROOT, Sketch, TokenTree
 from ridgeline.ops.sample import gumbel, lowest_argmax
-from ridgeline.speculate.verify import Choose, Law, Path
+from ridgeline.run.verify import Choose, Law, Path
 
 VOCABULARY = 4
 DEPTH = 3

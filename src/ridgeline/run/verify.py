@@ -1,7 +1,7 @@
 """Three ways of verifying drafted tokens that leave the target's law of the output as it is.
 
 Knows probabilities of tokens (float64, after all processors: temperature, cuts, penalties, biases) and trials.
-It must not know models, caches or requests. Every random decision goes through a `Choose`, so that a test can
+It must not know models, caches or requests' lives. Every random decision goes through a `Choose`, so that a test can
 enumerate all of them and an engine can draw them.
 
 1. Coupled. The token behind a node is argmax(log p + G(seed, position)), the very one that is chosen without
@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ridgeline.core.tree import Sketch, TokenTree
+from ridgeline.core.request import SamplingParams
+from ridgeline.core.tree import ROOT, Sketch, TokenTree
 
 Law = np.ndarray
 """[V] float64, not negative, of sum one."""
@@ -51,6 +52,47 @@ class Trial:
 Trials = Mapping[Path, Sequence[Trial]]
 """Children of each path in the order in which they are tried. One token may be tried several times: it is one
 node of the tree, and each failure subtracts its own law."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a tree's children were drawn (a chunk's `draws`), and how the rest of its round is decided."""
+
+    trials: Trials
+    choose: Choose
+
+
+def law_of(logits: np.ndarray, params: SamplingParams) -> Law:
+    """The law that a token is chosen by, from its row of logits [V] (after penalties and biases): temperature,
+    top-k, top-p of what is left, min-p. Ties go to the lower id. params.temperature is above 0."""
+    scaled = logits.astype(np.float64) / params.temperature
+    weights = np.exp(scaled - scaled.max())
+    if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+        order = np.argsort(-scaled, kind="stable")
+        ordered = weights[order]
+        if params.top_k > 0:
+            ordered[params.top_k :] = 0.0
+        shares = ordered / ordered.sum()
+        kept = (np.cumsum(shares) - shares < params.top_p) & (shares >= params.min_p * shares[0])
+        kept[0] = True
+        weights = np.zeros_like(weights)
+        weights[order] = np.where(kept, ordered, 0.0)
+    return normalized(weights)
+
+
+def walked(tree: TokenTree, laws: Sequence[Law], draws: Draws) -> tuple[list[int], list[int]]:
+    """Multi-step sampling through a verified tree: the nodes that it accepts, top down, and the tokens that it
+    emits, one more. laws: behind the root, then behind each node."""
+    places = {tuple(tree.path_tokens(node)): node for node in range(len(tree))}
+    places[()] = ROOT
+    emitted = multi_step(lambda path: laws[places[path] + 1], draws.trials, draws.choose)
+    return [places[emitted[: depth + 1]] for depth in range(len(emitted) - 1)], list(emitted)
+
+
+def seeded(seed: int, position: int, stage: int) -> Choose:
+    """Draws that depend on these alone, and on their order."""
+    key = np.array([seed & (1 << 64) - 1, stage], dtype=np.uint64)
+    return drawing(np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, position], np.uint64))))
 
 
 def drawing(generator: np.random.Generator) -> Choose:

@@ -1,0 +1,159 @@
+"""What is drafted when: probes, trees that follow each context's chances, and what is learned of prices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from ridgeline.core.request import Request, SamplingParams
+from ridgeline.core.speculation import Speculation
+from ridgeline.core.step import Accepted, Chunk, Sampling, StepPlan, StepResult, TokenScore
+from ridgeline.core.tree import ROOT, TokenTree
+from ridgeline.speculate.draft_model import Growth, Proposal
+from ridgeline.speculate.seconds import Seconds
+from ridgeline.speculate.speculator import PROBE_STEPS, Speculator
+
+CHEAP, DEAR = Seconds({1: 1.0, 64: 1.1}), Seconds({1: 1.0, 2: 9.0, 64: 99.0})
+PARAMS = SamplingParams(temperature=0.0)
+
+
+class Drafter:
+    """Proposes tokens 1, 2, ... behind every node. sure: requests behind whose tokens it is sure of the first; of the
+    others it knows nothing. clock: time, which a pass takes."""
+
+    def __init__(self, sure: Sequence[str] = (), pass_s: float = 0.1) -> None:
+        self.sure = sure
+        self.pass_s = pass_s
+        self.now = 0.0
+        self.passes: list[int] = []
+        self.last_rows = 0
+
+    def clock(self) -> float:
+        return self.now
+
+    def propose(self, growths: Sequence[Growth], count: int) -> list[list[Proposal]]:
+        self.now += self.pass_s
+        self.passes.append(len(growths))
+        self.last_rows = sum(len(growth.at) for growth in growths)
+        proposed = []
+        for growth in growths:
+            if growth.at != [ROOT]:
+                growth.expanded += growth.at
+            first = 0.99 if growth.request.request_id in self.sure else 0.05
+            chances = [first, *([0.01] * (count - 1))]
+            proposed.append([Proposal(list(range(1, count + 1)), chances) for _ in growth.at])
+        return proposed
+
+    def forget(self, request_id: str) -> None: ...
+
+
+def speculator(drafter: Drafter, seconds: Seconds, method: str = "tree") -> Speculator:
+    model: Any = drafter
+    asked = Speculation.of({"method": method})
+    prices = seconds.copy(), Seconds({1: seconds(1), 99: 1.2}), Seconds({1: drafter.pass_s})
+    return Speculator(asked, [model], *prices, 512, drafter.clock)
+
+
+def requests(*names: str) -> list[tuple[Request, int]]:
+    made = []
+    for name in names:
+        request = Request(name, [1, 2, 3, 4], 3, PARAMS, 100)
+        request.computed = request.planned = 3
+        made.append((request, 1))
+    return made
+
+
+def draft(one: Speculator, chosen: Sequence[tuple[Request, int]], room: int = 256) -> dict[str, TokenTree]:
+    return one.draft(chosen, lambda request, nodes: min(nodes, room), lambda request: 50, lambda name: [0])
+
+
+def verified(one: Speculator, trees: dict[str, TokenTree], how_far: Callable[[str], int], step_s: float) -> None:
+    """A step has accepted so many nodes of each tree's first path."""
+    plan = StepPlan(
+        1, tuple(Chunk(name, [4], 3, [0], Sampling(PARAMS, 0, 4, [], 3), tree=t) for name, t in trees.items())
+    )
+    accepted = {}
+    for name, tree in trees.items():
+        path, node = [], next(iter(tree.children(ROOT)), None)
+        while node is not None and len(path) < how_far(name):
+            path.append(node)
+            node = next(iter(tree.children(node)), None)
+        accepted[name] = Accepted(path, [TokenScore(7)] * (len(path) + 1))
+    one.learn(plan, StepResult(accepted=accepted), step_s)
+
+
+def test_where_trees_never_pay_one_is_tried_now_and_then() -> None:
+    drafter = Drafter()
+    one = speculator(drafter, DEAR)
+    trees = [draft(one, requests("a")) for _ in range(3 * PROBE_STEPS)]
+    assert 1 <= len(drafter.passes) <= 3
+    assert sum(map(len, trees)) <= 3
+
+
+def test_where_trees_pay_there_is_always_one() -> None:
+    one = speculator(Drafter(["a"]), CHEAP)
+    for _ in range(40):
+        trees = draft(one, requests("a"))
+        assert trees
+        assert one.pays(1)
+        verified(one, trees, lambda name: 9, 1.0)
+    assert one.tally.steps == 40
+
+
+def test_trees_are_deep_where_the_drafter_is_sure() -> None:
+    one = speculator(Drafter(["sure"]), CHEAP)
+    for _ in range(60):
+        trees = draft(one, requests("sure", "lost"))
+        verified(one, trees, lambda name: 9 if name == "sure" else 0, 1.0)
+    assert trees["sure"].depth >= 4
+    assert "lost" not in trees or trees["lost"].depth <= 1
+
+
+def test_rows_that_cost_more_than_they_bring_are_left_out() -> None:
+    """Each row costs a tenth of a step: of siblings, only the likely one is verified."""
+    one = speculator(Drafter(["a"], pass_s=0.01), Seconds({1: 1.0, 101: 11.0}))
+    for _ in range(60):
+        trees = draft(one, requests("a"))
+        verified(one, trees, lambda name: 2, 1.0 + 0.1 * len(trees["a"]))
+    assert trees["a"].is_chain
+    assert 2 <= len(trees["a"]) <= 4
+
+
+def test_room_is_kept_to() -> None:
+    one = speculator(Drafter(["a"]), CHEAP)
+    assert len(draft(one, requests("a"), room=2)["a"]) <= 2
+    assert draft(one, requests("a"), room=0) == {}
+
+
+def test_prompts_are_no_price_of_rows() -> None:
+    one = speculator(Drafter(), CHEAP)
+    before = one.plain_seconds(40)
+    one.learn(StepPlan(1, (Chunk("a", [1] * 40, 0, [0], Sampling(PARAMS, 0, 4, [], 3)),)), StepResult(), 9.0)
+    assert one.plain_seconds(40) == before
+    one.learn(StepPlan(1, (Chunk("a", [1], 0, [0], Sampling(PARAMS, 0, 4, [], 3)),)), StepResult(), 9.0)
+    assert one.plain_seconds(1) > 1.0
+
+
+def test_steps_with_trees_and_without_have_prices_of_their_own() -> None:
+    """A step with trees costs twice as much for as many rows: with four requests that never pays, with one it does."""
+    one = speculator(Drafter(["a", "b", "c", "d"], pass_s=0.0), Seconds({1: 1.9, 99: 2.1}))
+    one.plain_seconds = Seconds({1: 1.0, 4: 1.1})
+    for _ in range(30):
+        trees = draft(one, requests("a"))
+        verified(one, trees, lambda name: 3, 2.0)
+    assert trees
+    crowd = requests("a", "b", "c", "d")
+    for _ in range(150):
+        trees = draft(one, crowd)
+        verified(one, trees, lambda name: 0, 2.0 if trees else 1.1)
+    assert not trees
+    assert one.plain_seconds(4) < 1.5 < one.seconds(8)
+
+
+@pytest.mark.parametrize("method", ["tree", "draft_model"])
+def test_a_chain_is_one_wide(method: str) -> None:
+    """Where the drafter is not sure, and rows cost little, a tree has siblings."""
+    trees = draft(speculator(Drafter(), CHEAP, method), requests("a"))
+    assert trees["a"].is_chain == (method == "draft_model")
