@@ -114,7 +114,8 @@ EXPLAINED = thing(
     steps=many(thing(
         kind={"enum": ["decode", "prefill", "mixed", "tree"]}, steps=INTEGER, tokens_per_step=POSITIVE, step_s=POSITIVE,
         floor_s=POSITIVE, floor_memory_s=NUMBER, floor_compute_s=NUMBER, kernels_s=NUMBER, gaps_s=NUMBER, host_s=NUMBER,
-        draft_s=NUMBER, drafted_per_step=NUMBER, accepted_per_step=NUMBER, padding_rows=NUMBER, padding_s=NUMBER, observer_s=NUMBER, limit_share=SHARE, working_set_bytes=POSITIVE,
+        draft_s=NUMBER, drafted_per_step=NUMBER, accepted_per_step=NUMBER,
+        padding_rows=NUMBER, padding_s=NUMBER, observer_s=NUMBER, limit_share=SHARE, working_set_bytes=POSITIVE,
         read_bytes_per_s=POSITIVE, dram_bytes_per_s=POSITIVE, flops_per_s=POSITIVE, predicted=maybe({"type": "object"}),
         ops=many(thing(op=TEXT, calls=POSITIVE, flops=NUMBER, bytes=NUMBER, bound=BOUND, floor_s=NUMBER,
                        measured_s=NUMBER, of_limit=maybe(NUMBER), **{"class": CLASS})),
