@@ -395,7 +395,12 @@ def _capture(several: Sequence[DecodeGraphs | PassGraphs], capturing: Callable[[
     """One after the other, counted together."""
     total, before = sum(len(one.sizes) for one in several), 0
     for one in several:
-        one.capture(None if capturing is None else lambda done, _, before=before: capturing(before + done, total))  # type: ignore[misc]
+
+        def told(done: int, _: int, before: int = before) -> None:
+            if capturing is not None:
+                capturing(before + done, total)
+
+        one.capture(told)
         before += len(one.sizes)
 
 
