@@ -20,6 +20,8 @@ def kv_move(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torch.T
 
     source, target: [N] int64 block numbers; no block is both a source and a target.
     """
+    if source.device.type == "meta":
+        return
     for page in pages:
         page[target] = page[source]
 
@@ -49,6 +51,8 @@ def kv_compact(pages: Sequence[torch.Tensor], source: torch.Tensor, target: torc
     source, target: [N] int64, slot s being row s % block of block s // block. Targets differ, and none is the
     source of a later entry, so that one after the other and all at once are the same.
     """
+    if source.device.type == "meta":
+        return
     for page in pages:
         block = page.shape[2]
         page[target // block, :, target % block] = page[source // block, :, source % block]
