@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import CheckpointError, InvalidArgument, RidgelineError
@@ -23,11 +23,13 @@ from ridgeline.engine.build import Built, build
 from ridgeline.engine.interrupt import Uninterrupted
 from ridgeline.models.checkpoint import locate
 from ridgeline.schedule import Event
-from ridgeline.text.chat import ChatTemplate
 from ridgeline.text.delivery import Delivery
 from ridgeline.text.generation import default_params, end_ids, generation_config
 from ridgeline.text.intake import Intake, Prompt
 from ridgeline.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from ridgeline.text.chat import ChatTemplate
 
 logger = logging.getLogger("ridgeline")
 
@@ -79,7 +81,11 @@ class LLM:
         if not source.is_dir():
             raise CheckpointError(f"{source}: no such tokenizer directory")
         self.tokenizer: Tokenizer | None = load_tokenizer(source)
-        self._template = None if self.tokenizer is None else ChatTemplate.of(self.tokenizer)
+        self._template: ChatTemplate | None = None
+        if self.tokenizer is not None and self.tokenizer.chat_template is not None:
+            from ridgeline.text.chat import ChatTemplate  # jinja2 takes memory and time that few models need
+
+            self._template = ChatTemplate.of(self.tokenizer)
         generation = generation_config(directory)
         self._defaults = default_params(generation, directory)
         also_ends = end_ids(generation, directory)

@@ -31,3 +31,9 @@ def test_the_command_line_starts_without_torch() -> None:
 
 def test_the_engine_needs_neither_transformers_nor_a_server() -> None:
     assert not loaded_by("import ridgeline.llm") & {"transformers", "fastapi", "uvicorn", "pydantic", "triton"}
+
+
+def test_running_the_engine_loads_no_compiler() -> None:
+    """torch's brings sympy; a model without a chat template needs no jinja2."""
+    run = "from ridgeline import LLM\nwith LLM(device='cpu') as llm: llm.generate(['x = 1'], use_tqdm=False)"
+    assert not loaded_by(run) & {"sympy", "triton", "jinja2", "transformers"}

@@ -67,7 +67,7 @@ def attention(
             window, key_starts, causal, softcap, sinks, tree, tails, return_lse,
         )
     )  # fmt: skip
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(q.shape)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if q.device.type != "meta":
         starts, visible = query_starts.tolist(), lengths.tolist()

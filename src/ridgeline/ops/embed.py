@@ -25,6 +25,8 @@ def embed(
     A table in the "panels" format (shared with the output projection) is gathered as it lies. positions: [T]
     integers, and places [P, D]: rows `positions` of this second table are added.
     """
+    if ids.device.type == "meta":
+        return weight.data.new_empty(ids.shape[0], weight.in_features)
     if weight.format == "panels":
         rows = weight.data[ids // PANEL, :, ids % PANEL]
     else:

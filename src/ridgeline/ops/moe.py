@@ -41,7 +41,7 @@ def moe(
     x: [T, D]; router: [E, D]; gate_up: [E, 2 I, D] (gate's rows first); down: [E, D, I]. Returns [T, D].
     """
     if x.device.type == "meta":
-        return torch.empty_like(x)
+        return x.new_empty(x.shape)
     weights, experts = route(x, router, top_k, renormalize)
     out = torch.zeros_like(x)
     for expert in experts.unique().tolist():

@@ -33,7 +33,7 @@ def norm(
     kernel may overwrite `residual` with the sum; x is left as it is.
     """
     if x.device.type == "meta":
-        return torch.empty_like(x), x if residual is None else torch.empty_like(x)
+        return x.new_empty(x.shape), x if residual is None else x.new_empty(x.shape)
     total = x if residual is None else x + residual
     return rms_norm(total, weight, eps), total
 
@@ -65,7 +65,7 @@ def layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm of x + residual (Ba et al., 1607.06450); shapes as in `norm`, bias: [D]."""
     if x.device.type == "meta":
-        return torch.empty_like(x), x if residual is None else torch.empty_like(x)
+        return x.new_empty(x.shape), x if residual is None else x.new_empty(x.shape)
     total = x if residual is None else x + residual
     return F.layer_norm(total, (total.shape[-1],), weight, bias, eps), total
 

@@ -23,6 +23,8 @@ def restrict(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
 
     logits: [R, V]; allowed: [R, W] int32, 32 * W >= V: token v may be chosen if bit v % 32 of word v // 32 is set.
     """
+    if logits.device.type == "meta":
+        return logits.new_empty(logits.shape)
     tokens = torch.arange(logits.shape[1], device=logits.device)
     bits = (allowed[:, tokens // WORD] >> (tokens % WORD)) & 1
     return logits.masked_fill(bits == 0, float("-inf"))

@@ -176,6 +176,8 @@ def adjust(
     loses frequency * count + presence (vLLM's definitions). bias_*: entries added at (row, token);
     -inf forbids a token.
     """
+    if logits.device.type == "meta":
+        return logits.new_empty(logits.shape, dtype=torch.float32)
     out = logits.float().clone()
     if seen_rows.numel():
         values = out[seen_rows, seen_tokens]
@@ -238,6 +240,10 @@ def score(
     logits: [R, V]; tokens: [R] int64. Returns the tokens' log-probability [R] fp32, their rank (1 is
     best) [R] int64, and the `alternatives` best as values [R, k] fp32 and ids [R, k] int64.
     """
+    if logits.device.type == "meta":
+        best = logits.new_empty((logits.shape[0], alternatives), dtype=torch.float32)
+        ids = best.new_empty(best.shape, dtype=torch.int64)
+        return best.new_empty(logits.shape[0]), ids.new_empty(logits.shape[0]), best, ids
     logs = logits.float().log_softmax(-1)
     chosen = logs.gather(-1, tokens[:, None])
     ranks = (logs > chosen).sum(-1) + 1

@@ -18,6 +18,8 @@ from ridgeline.ops.weight import nbytes
 @op("movement", by_rows=True, float32=Tolerance(0, 0), bfloat16=Tolerance(0, 0), float16=Tolerance(0, 0))
 def take(x: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same rows of both: x, residual [T, D], rows [R] int64 -> [R, D] each."""
+    if x.device.type == "meta":
+        return x.new_empty(rows.shape[0], x.shape[1]), residual.new_empty(rows.shape[0], residual.shape[1])
     return x.index_select(0, rows), residual.index_select(0, rows)
 
 
