@@ -25,6 +25,7 @@ from ridgeline import LLM, SamplingParams
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.request import Request
 from ridgeline.core.step import StepRecord
+from ridgeline.speculate.seconds import Seconds
 from ridgeline.speculate.speculator import Round
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4
@@ -83,10 +84,26 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+class Price(Seconds):
+    """Seconds that no reading moves: what trees are made must not depend on the machine that runs the tests."""
+
+    def learn(self, rows: int, seconds: float) -> float:
+        return 0.0
+
+
 @pytest.fixture
 def make(make_llm: Callable[..., LLM]) -> Callable[..., LLM]:
-    """LLMs with CPU kernels."""
-    return lambda **settings: make_llm(**{**SETTINGS, "kernels": "auto", **settings})
+    """LLMs with CPU kernels; drafting and a tree's rows cost little beside a step."""
+
+    def made(**settings: Any) -> LLM:
+        llm = make_llm(**{**SETTINGS, "kernels": "auto", **settings})
+        speculator = llm.built.speculator
+        if speculator is not None:
+            speculator.seconds = speculator.plain_seconds = Price({1: 1.0, 256: 3.0})
+            speculator.draft_seconds = Price({1: 0.05, 256: 0.15})
+        return llm
+
+    return made
 
 
 def drafting(shape: str, *models: Path) -> dict[str, Any]:
@@ -260,7 +277,7 @@ def _rows(llm: LLM, slots: torch.Tensor) -> list[torch.Tensor]:
 def test_requests_come_and_go_in_the_middle(make: Callable[..., LLM], near: Path) -> None:
     """Streams closed between rounds, others go on as if alone; no block stays behind."""
     llm, alone = make(speculative_config=drafting("auto", near)), make()
-    params = SamplingParams(max_tokens=30, temperature=0.7, seed=1, ignore_eos=True)
+    params = SamplingParams(max_tokens=150, temperature=0.7, seed=1, ignore_eos=True)
     kept = llm.stream("hello world", params)
     left = [llm.stream(prompt, params) for prompt in PROMPTS]
     part = next(kept)
