@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from served import CANARY, Served, served
@@ -30,6 +32,36 @@ def test_answers_are_those_of_a_server_that_does_not(server: Served) -> None:
                 assert mine["finish_reason"] == other["finish_reason"]
                 assert mine["logprobs"] == other["logprobs"]
             assert ours["usage"]["completion_tokens"] == theirs["usage"]["completion_tokens"]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+        {"tools": [TOOL], "tool_choice": "required"},
+    ],
+    ids=["schema", "tool"],
+)
+@pytest.mark.parametrize(
+    "more",
+    [{"presence_penalty": 1.5}, {"logprobs": True, "top_logprobs": 2}, {"n": 3, "temperature": 1.0}, {"stop": ["q"]}],
+    ids=str,
+)
+def test_25_structured_output_beside_drafts(server: Served, form: dict[str, Any], more: dict[str, Any]) -> None:
+    """What a grammar binds drafts nothing, and is valid all the same."""
+    body = {"model": "ridgeline", "messages": [{"role": "user", "content": "def f"}], "max_tokens": 40, "seed": 1}
+    answer = server.post("/v1/chat/completions", {**body, "temperature": 0.0, **form, **more})
+    assert answer.status_code == 200, answer.text
+    choices = answer.json()["choices"]
+    assert len(choices) == more.get("n", 1)
+    for choice in choices:
+        message = choice["message"]
+        text = message["tool_calls"][0]["function"]["arguments"] if "tools" in form else message["content"]
+        assert json.loads(text)["a"] in ("x", "y")
 
 
 def test_trees_are_counted_under_vllms_names(server: Served) -> None:

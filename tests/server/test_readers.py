@@ -8,8 +8,12 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
 from typing import Any
 
+import httpx
 import pytest
 from served import CANARY, COMPLETIONS, Served, head, served
 
@@ -63,6 +67,55 @@ def test_34_a_reader_that_does_not_read_is_cut_off(sound: Served, limit: str) ->
         sound.settled()
         assert cut_offs(sound)[before:] == [limit]
         assert is_cut(link)
+
+
+def seconds_of(server: Served, tokens: int) -> float:
+    """A short request beside whatever else runs."""
+    began = time.monotonic()
+    assert server.post(COMPLETIONS, {**CANARY, "max_tokens": tokens, "ignore_eos": True}).status_code == 200
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_34_a_hundred_readers_that_do_not_read() -> None:
+    """Each costs the server a bounded piece of memory until it is cut off; a step for others takes what it takes with
+    a hundred who read."""
+    asked = {**CANARY, "max_tokens": 600, "ignore_eos": True, "logprobs": 5}
+    limits = ("--set", "stall_timeout_s=3", "--set", "max_stream_bytes=60000")
+    options = ("--max-num-seqs", "102", "--kv-cache-memory-bytes", "1000000000", *limits)
+    with served(*options) as server, contextlib.ExitStack() as held:
+        server.canary()
+        alone_bytes = resident_bytes(server.process.pid)
+        readers = [held.enter_context(unread(server, asked)) for _ in range(100)]
+        server.busy(100)
+        beside_s, most_bytes = [], 0
+        give_up = time.monotonic() + 200
+        while len(cut_offs(server)) < 100:
+            beside_s.append(seconds_of(server, 4))
+            most_bytes = max(most_bytes, resident_bytes(server.process.pid))
+            assert time.monotonic() < give_up, (len(cut_offs(server)), server.info())
+        server.settled(20)
+        assert all(is_cut(link) for link in readers)
+        assert most_bytes - alone_bytes < 100 * (1 << 20)
+        with_readers_s = crowd_s(server, {**asked, "stream": True})
+        assert median(beside_s) < 3 * with_readers_s, (beside_s, with_readers_s)
+        server.canary()
+
+
+def crowd_s(server: Served, asked: dict[str, Any]) -> float:
+    """The median time of a short request beside a hundred streams that are read."""
+    with ThreadPoolExecutor(100) as pool:
+        url = server.url + COMPLETIONS
+        streams = [pool.submit(httpx.post, url, json=asked, timeout=300) for _ in range(100)]
+        server.busy(100)
+        found = [seconds_of(server, 4) for _ in range(8)]
+        assert all(one.result().status_code == 200 for one in streams)
+    return median(found)
+
+
+def resident_bytes(process: int) -> int:
+    """Memory of a process, without its children."""
+    return 4096 * int(Path(f"/proc/{process}/statm").read_text().split()[1])
 
 
 def ask(server: Served, body: dict[str, Any]) -> socket.socket:
