@@ -41,6 +41,7 @@ def bench(tiny: Path, tmp_path: Path) -> Bench:
     return go
 
 
+@pytest.mark.slow
 def test_on_a_cpu(bench: Bench, tmp_path: Path) -> None:
     result = bench(speculation_cpu)
     for title in ("batch 1, temperature 0", "batch 2, temperature 0.8"):
@@ -58,6 +59,7 @@ def test_on_a_cpu(bench: Bench, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["speculation-t0.8.png", "speculation-t0.png"]
 
 
+@pytest.mark.slow
 def test_gpu_speculation_on_a_cpu(bench: Bench, tmp_path: Path) -> None:
     """In fp32 the widened target says what the drafter says, so every draft is accepted, over a padded vocabulary."""
     on_cpu = ("--device", "cpu", "--kernels", "reference", "--dtype", "float32", "--hardware", "h200")
@@ -97,6 +99,7 @@ def test_an_adversary_has_weights_of_the_same_size(tiny: Path, adversary: bool) 
     assert config["vocab_size"] == 256
 
 
+@pytest.mark.slow
 def test_merged_drafters_have_as_many_nodes_as_one(bench: Bench, tiny: Path) -> None:
     on_cpu = ("--device", "cpu", "--kernels", "reference", "--dtype", "float32")
     result = bench(gpu_speculation, *on_cpu, "--merge", "--second", str(tiny))
