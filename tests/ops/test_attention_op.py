@@ -119,9 +119,10 @@ def test_cost_counts_pairs_and_keys(inputs: dict[str, Any]) -> None:
 
 
 def test_rows_of_nobody_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = torch.empty
-    monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, 7.0))
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: original(*a, **k).fill_(7))
+    """What is not written keeps what the memory held."""
+    new_empty, empty = torch.Tensor.new_empty, torch.empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(7))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(7))
     inputs = dict(attention_inputs("cpu", torch.float32, 2, 1, 16, 16, None, (2, 0), (5, 3), return_lse=True))
     out, lse = attention(**{**inputs, "q": torch.cat((inputs["q"], inputs["q"]))})
     assert (out[2:] == 7).all()
