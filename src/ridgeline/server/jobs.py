@@ -6,7 +6,7 @@ Knows intake's requests, delivery and messages. It must not know HTTP responses 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -137,6 +137,12 @@ class Job:
         return [int(name) for name in self.delivery.unfinished] if self.numbers else []
 
 
-def scores_by_number(rows: Sequence[Sequence[Any]]) -> Mapping[int, tuple[float, int, tuple[tuple[int, float], ...]]]:
-    """A Stepped's scores."""
-    return {row[0]: (row[1], row[2], tuple((token, value) for token, value in row[3])) for row in rows}
+Score = tuple[float, int, tuple[tuple[int, float], ...]]
+
+
+def scores_by_number(rows: Sequence[Sequence[Any]]) -> Mapping[int, Iterator[Score]]:
+    """A Stepped's scores: of each request that asked, those of its tokens one by one (drafts bring several)."""
+    found: dict[int, list[Score]] = {}
+    for number, logprob, rank, others in rows:
+        found.setdefault(number, []).append((logprob, rank, tuple((token, value) for token, value in others)))
+    return {number: iter(scores) for number, scores in found.items()}

@@ -374,7 +374,7 @@ class Supervisor:
                 self._gap(now - before)
             self._last_s[number] = now
             try:
-                score = TokenScore(token, *scores[number]) if number in scores else TokenScore(token)
+                score = TokenScore(token, *next(scores[number])) if number in scores else TokenScore(token)
                 stopped = job.token(number, score, now)
             except Exception:
                 logger.exception("tokens could not be delivered")
