@@ -1,5 +1,7 @@
 """moe: the sort on the device, uneven experts, and the whole against fp64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,19 +48,29 @@ def test_against_fp64(device: str, skew: float) -> None:
     }[device]
     for dtype in kinds(device):
         for tokens, width, inner, count, top_k in shapes:
-            router = torch.randn(count, width, device=device)
-            x = torch.randn(tokens, width, device=device)
-            x += skew * router[0] / router[0].norm()  # most tokens want expert 0
-            args = (
-                x.to(dtype),
-                router.to(dtype),
-                (torch.randn(count, 2 * inner, width, device=device) / width**0.5).to(dtype),
-                (torch.randn(count, width, inner, device=device) / inner**0.5).to(dtype),
-                top_k,
-                skew == 0,
-                "silu",
+            # A few draws are judged together: the largest error of few numbers is a matter of luck, torch's too.
+            drawn = [moe_arguments(device, dtype, tokens, width, inner, count, top_k, skew) for _ in range(4)]
+            got, exact, own = (
+                torch.stack([way(*args) for args in drawn]) for way in (moe_triton, in_fp64, moe.reference)
             )
-            assert_near(moe_triton(*args), in_fp64(*args), moe.reference(*args))
+            assert_near(got, exact, own)
+
+
+def moe_arguments(
+    device: str, dtype: torch.dtype, tokens: int, width: int, inner: int, count: int, top_k: int, skew: float
+) -> tuple[Any, ...]:
+    router = torch.randn(count, width, device=device)
+    x = torch.randn(tokens, width, device=device)
+    x += skew * router[0] / router[0].norm()  # most tokens want expert 0
+    return (
+        x.to(dtype),
+        router.to(dtype),
+        (torch.randn(count, 2 * inner, width, device=device) / width**0.5).to(dtype),
+        (torch.randn(count, width, inner, device=device) / inner**0.5).to(dtype),
+        top_k,
+        skew == 0,
+        "silu",
+    )
 
 
 def test_repeats_bit_for_bit(device: str) -> None:
