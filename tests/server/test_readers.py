@@ -80,8 +80,8 @@ def seconds_of(server: Served, tokens: int) -> float:
 def test_34_a_hundred_readers_that_do_not_read() -> None:
     """Each costs the server a bounded piece of memory until it is cut off; a step for others takes what it takes with
     a hundred who read."""
-    asked = {**CANARY, "max_tokens": 1900, "ignore_eos": True, "logprobs": 5}  # more than all buffers on the way hold
-    limits = ("--set", "stall_timeout_s=3", "--set", "max_stream_bytes=60000")
+    asked = {**CANARY, "max_tokens": 1900, "ignore_eos": True, "logprobs": 1}  # more than all buffers on the way hold
+    limits = ("--set", "stall_timeout_s=3", "--set", "max_stream_bytes=15000")
     options = ("--max-num-seqs", "102", "--kv-cache-memory-bytes", "1000000000", *limits)
     with served(*options) as server, contextlib.ExitStack() as held:
         server.canary()
@@ -97,7 +97,7 @@ def test_34_a_hundred_readers_that_do_not_read() -> None:
         server.settled(20)
         assert all(is_cut(link) for link in readers)
         assert most_bytes - alone_bytes < 100 * (1 << 20)
-        with_readers_s = crowd_s(server, {**asked, "max_tokens": 250, "stream": True})
+        with_readers_s = crowd_s(server, {**asked, "max_tokens": 400, "stream": True})
         assert median(beside_s) < 3 * with_readers_s, (beside_s, with_readers_s)
         server.canary()
 
@@ -107,7 +107,7 @@ def crowd_s(server: Served, asked: dict[str, Any]) -> float:
     with ThreadPoolExecutor(100) as pool:
         url = server.url + COMPLETIONS
         streams = [pool.submit(httpx.post, url, json=asked, timeout=300) for _ in range(100)]
-        server.busy(100)
+        server.busy(60)  # some may end before the last has begun
         found = [seconds_of(server, 4) for _ in range(8)]
         assert all(one.result().status_code == 200 for one in streams)
     return median(found)
