@@ -59,8 +59,9 @@ class EngineConfig:
         a CPU) is refused.
     max_logprobs: most alternatives that a request may ask for.
     speculative_config: draft token trees and verify them (docs/trees.md): {"method": "tree" | "draft_model" | "ngram",
-        "model": a checkpoint or several, "num_speculative_tokens": "auto" or a number, "tree": [k1, ..., km]}.
-        Outputs are the same with and without.
+        "model": a checkpoint or several, "num_speculative_tokens": "auto" or a number, "tree": [k1, ..., km],
+        "verification": "coupled" | "multi_step" | "target_only"}. Outputs are the same with and without; with the last
+        two, those of requests without a seed have the same law.
     """
 
     model: str | None = None
