@@ -1,12 +1,13 @@
 """Everything that a GPU can tell of this project, one step after the other, in pieces if there is little time.
 
-Each step is a process of its own with a time limit, a log, and results under --out; what was done is kept in
-gpu-all.json there, so that a later call goes on where this one stopped. A step that fails or takes too long is noted,
-and the next one begins.
+Each step is a process of its own with a time limit, a log, and a folder of results under --out; what was done is kept
+in gpu-all.json there, so that a later call goes on where this one stopped. A step that fails or takes too long is
+noted, and the next one begins. With several GPUs (--gpus) each takes the next step that waits, alone on its device.
 
     python3 -m benchmarks.gpu_all --list                              # the steps, and the minutes that each takes
     python3 -m benchmarks.gpu_all --out results                       # all of them
     python3 -m benchmarks.gpu_all --out results --minutes 10          # as many as fit into ten minutes
+    python3 -m benchmarks.gpu_all --out results --gpus 0 1 2 3        # four at a time
     python3 -m benchmarks.gpu_all tests prefill --out results --fa3 _vllm_fa3_C.abi3.so
 """
 
@@ -18,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,12 +39,13 @@ GRACE_S = 10
 @dataclass(frozen=True)
 class Step:
     """One process. minutes: what it takes on an H200, compiling included. command: what stands behind the interpreter,
-    from the options."""
+    from the options, whose `out` is the step's own folder. after: a step whose results it reads."""
 
     name: str
     minutes: float
     what: str
     command: Callable[[argparse.Namespace], list[str]]
+    after: str = ""
 
 
 def benchmark(module: str, *more: str, fa3: bool = False) -> Callable[[argparse.Namespace], list[str]]:
@@ -57,8 +60,8 @@ def benchmark(module: str, *more: str, fa3: bool = False) -> Callable[[argparse.
     return command
 
 
-def tests(marks: str, name: str) -> Callable[[argparse.Namespace], list[str]]:
-    return lambda options: ["-m", "pytest", "tests", "-m", marks, f"--junitxml={options.out / name}"]
+def tests(marks: str, *where: str) -> Callable[[argparse.Namespace], list[str]]:
+    return lambda options: ["-m", "pytest", *where, "-m", marks, f"--junitxml={options.out / 'tests.xml'}"]
 
 
 def latency(options: argparse.Namespace) -> list[str]:
@@ -69,11 +72,14 @@ def latency(options: argparse.Namespace) -> list[str]:
 
 
 def accuracy_later(options: argparse.Namespace) -> list[str]:
-    return benchmark("gpu_accuracy", "--card", str(options.out / "gpu-accuracy-card.json"))(options)
+    return benchmark("gpu_accuracy", "--card", str(options.out.parent / "model" / "gpu-accuracy-card.json"))(options)
 
 
 STEPS = (
-    Step("tests", 5, "tests on a GPU", tests("gpu and not slow", "tests.xml")),
+    Step("tests-cuda", 3, "tests of the kernels in CUDA", tests("gpu and not slow", "tests/kernels/cuda")),
+    Step("tests-triton", 4, "tests of those in Triton", tests("gpu and not slow", "tests/kernels/triton")),
+    Step("tests-engine", 4, "tests of models, graphs, trees, studies on a GPU",
+         tests("gpu and not slow", "tests", "--ignore=tests/kernels")),
     Step("decode-step", 2, "the engine's whole decode step", benchmark("gpu_decode")),
     Step("prefill", 4, "sm90 beside its peers on the issue's grid", benchmark("attention_prefill", fa3=True)),
     Step("decode", 3, "decode attention beside its peers, and trees", benchmark("attention_decode")),
@@ -82,7 +88,7 @@ STEPS = (
          benchmark("attention", "sweep", "--grouped", "--name", "attention-sweep")),
     Step("latency", 5, "whole models with each rung", latency),
     Step("model", 8, "a card without a model, then held-out models beside it", benchmark("gpu_accuracy")),
-    Step("model-later", 5, "the same with that card, anchored anew", accuracy_later),
+    Step("model-later", 5, "the same with that card, anchored anew", accuracy_later, "model"),
     Step("accuracy", 1, "errors on numbers with outliers", benchmark("attention_accuracy")),
     Step("seeds", 6, "what neighbours change, and what it costs that they do not", benchmark("gpu_seeds")),
     Step("baseline", 2, "the engine beside Transformers", benchmark("gpu_baseline")),
@@ -112,7 +118,7 @@ STEPS = (
     Step("linear", 2, "products of one token", benchmark("gpu_linear")),
     Step("feed-forward", 2, "feed-forward networks", benchmark("gpu_feed_forward")),
     Step("launch", 1, "launches and compiling", benchmark("gpu_launch")),
-    Step("tests-slow", 8, "compute-sanitizer, and tests over five seconds", tests("gpu and slow", "tests-slow.xml")),
+    Step("tests-slow", 8, "compute-sanitizer, and tests over five seconds", tests("gpu and slow", "tests")),
 )  # fmt: skip
 
 
@@ -127,20 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out is None:
         raise SystemExit("--out names a folder for the results")
     options.out = options.out.resolve()
-    (options.out / "logs").mkdir(parents=True, exist_ok=True)
-    state = read(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    for step in chosen:
-        spent = (time.monotonic() - began) / 60
-        if state["steps"].get(step.name, {}).get("status") == "done" and not options.again:
-            print(f"{step.name}: done before ({STATE} says so; --again runs it once more)")
-        elif options.minutes is not None and spent + step.minutes > options.minutes:
-            print(f"{step.name}: takes {step.minutes:g} minutes, {max(options.minutes - spent, 0):.1f} are left")
-        else:
-            state["steps"][step.name] = {"status": "under way", "began": now()}
-            write(options.out, state)
-            state["steps"][step.name] = run(step, options)
-            write(options.out, state)
+    Queue(chosen, options, began).empty()
+    state = read(options.out)
     told = [[step.name, *said(state["steps"].get(step.name))] for step in chosen]
     show_table(f"{(time.monotonic() - began) / 60:.1f} minutes", ["step", "", "minutes", "results"], told)
     return 0 if all(state["steps"].get(step.name, {}).get("status") == "done" for step in chosen) else 1
@@ -158,22 +154,91 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--minutes", type=float, help="begin no step that would not end within so many")
     result.add_argument("--patience", type=float, default=2.0, help="times its minutes after which a step is stopped")
     result.add_argument("--again", action="store_true", help="also steps that are done")
+    result.add_argument("--gpus", nargs="+", default=[], metavar="index", help="so many steps at a time, each on one")
     result.add_argument("--quick", action="store_true", help="a smoke test: benchmarks with tiny sizes")
     result.add_argument("--fa3", type=Path, help="FlashAttention-3's compiled library")
     result.add_argument("--commit", help="the commit, where git is not there or does not know")
     return result
 
 
-def run(step: Step, options: argparse.Namespace) -> dict[str, Any]:
+class Queue:
+    """The steps that wait; one thread a GPU takes them in order."""
+
+    def __init__(self, steps: Sequence[Step], options: argparse.Namespace, began: float) -> None:
+        self.waiting = list(steps)
+        self.options = options
+        self.began = began
+        self.state = read(options.out)
+        self.under_way: set[str] = set()
+        self.changed = threading.Condition()
+
+    def empty(self) -> None:
+        """Run all that can be run. An exception in one thread leaves the others to end their steps."""
+        threads = [threading.Thread(target=self.work, args=(gpu,)) for gpu in self.options.gpus or [None]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def work(self, gpu: str | None) -> None:
+        while (step := self.next()) is not None:
+            try:
+                outcome = run(step, self.options, gpu)
+            finally:
+                with self.changed:
+                    self.under_way.discard(step.name)
+                    self.changed.notify_all()
+            self.note(step, outcome)
+
+    def next(self) -> Step | None:
+        """The first step that may begin; None if none ever will."""
+        with self.changed:
+            while self.waiting:
+                ready = [step for step in self.waiting if step.after not in self.pending()]
+                if not ready:
+                    self.changed.wait()
+                    continue
+                step = ready[0]
+                self.waiting.remove(step)
+                self.changed.notify_all()
+                if self.wanted(step):
+                    self.under_way.add(step.name)
+                    self.note(step, {"status": "under way", "began": now()})
+                    return step
+            return None
+
+    def pending(self) -> set[str]:
+        return self.under_way | {step.name for step in self.waiting}
+
+    def wanted(self, step: Step) -> bool:
+        options, spent = self.options, (time.monotonic() - self.began) / 60
+        if self.state["steps"].get(step.name, {}).get("status") == "done" and not options.again:
+            print(f"{step.name}: done before ({STATE} says so; --again runs it once more)")
+            return False
+        if options.minutes is not None and spent + step.minutes > options.minutes:
+            print(f"{step.name}: takes {step.minutes:g} minutes, {max(options.minutes - spent, 0):.1f} are left")
+            return False
+        return True
+
+    def note(self, step: Step, outcome: dict[str, Any]) -> None:
+        with self.changed:
+            self.state["steps"][step.name] = outcome
+            write(self.options.out, self.state)
+
+
+def run(step: Step, options: argparse.Namespace, gpu: str | None = None) -> dict[str, Any]:
     """Run one step to its end, or to the end of patience; what is to be said of it."""
-    log = options.out / "logs" / f"{step.name}.txt"
-    command = [sys.executable, *step.command(options)]
+    folder = options.out / step.name
+    folder.mkdir(exist_ok=True)
+    log = folder / "log.txt"
+    command = [sys.executable, *step.command(argparse.Namespace(**{**vars(options), "out": folder}))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(("src", os.environ.get("PYTHONPATH", "")))}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     if options.fa3:
         environment["FA3_LIBRARY"] = str(options.fa3.resolve())
     limit_s = 60 * step.minutes * options.patience
     print(f"{step.name}: {step.what}, about {step.minutes:g} minutes", flush=True)
-    before = results(options.out)
     start, when = time.monotonic(), now()
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
@@ -200,7 +265,7 @@ def run(step: Step, options: argparse.Namespace) -> dict[str, Any]:
         "limit_s": limit_s,
         "command": ["python3", *command[1:]],
         "log": str(log.relative_to(options.out)),
-        "results": sorted(results(options.out) - before),
+        "results": sorted(str(path.relative_to(options.out)) for path in folder.iterdir() if path.suffix != ".txt"),
     }
 
 
@@ -216,10 +281,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
-
-
-def results(folder: Path) -> set[str]:
-    return {path.name for path in (*folder.glob("*.json"), *folder.glob("*.xml"))} - {STATE}
 
 
 def read(folder: Path) -> dict[str, Any]:

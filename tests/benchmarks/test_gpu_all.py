@@ -46,7 +46,7 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path, capsys: pytes
     assert gpu_all.main(["--out", str(tmp_path), "--minutes", "5", "--patience", "4"]) == 1
     found = state_of(tmp_path)
     assert {name: one["status"] for name, one in found.items()} == {"good": "done", "bad": "failed", "long": "too long"}
-    assert found["good"]["results"] == ["good.json"]
+    assert found["good"]["results"] == ["good/good.json"]
     assert found["bad"]["code"] == 3
     assert 1 <= found["long"]["seconds"] < 20
     assert (tmp_path / found["long"]["log"]).read_text() == "on\n"
@@ -64,10 +64,35 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFi
     second = state_of(tmp_path)
     assert second["good"] == first["good"]
     assert "good: done before" in capsys.readouterr().out
-    (tmp_path / "good.json").unlink()
+    (tmp_path / "good" / "good.json").unlink()
     assert gpu_all.main(["good", "--again", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "good.json").is_file()
+    assert (tmp_path / "good" / "good.json").is_file()
     assert set(state_of(tmp_path)) == {"good", "bad"}
+
+
+def test_several_gpus_take_steps_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone on its device; a step that reads another's results waits for it, also where a device is free."""
+    note = """
+import os, pathlib, time
+folder = pathlib.Path(r'{out}')
+(folder / 'began').write_text(os.environ['CUDA_VISIBLE_DEVICES'])
+other = folder.parent / '%s' / 'began'
+until = time.monotonic() + 30
+while not other.is_file() and time.monotonic() < until:
+    time.sleep(0.01)
+(folder / 'saw.json').write_text(other.read_text())
+"""
+    made = (
+        Step("left", 1, "waits for right", python(note % "right")),
+        Step("right", 1, "waits for left", python(note % "left")),
+        Step("last", 1, "reads both", python(note % "left"), after="right"),
+    )
+    monkeypatch.setattr(gpu_all, "STEPS", made)
+    assert gpu_all.main(["--out", str(tmp_path), "--gpus", "0", "1"]) == 0
+    assert {(tmp_path / name / "saw.json").read_text() for name in ("left", "right")} == {"0", "1"}
+    found = state_of(tmp_path)
+    assert found["last"]["began"] >= found["right"]["began"]
+    assert (tmp_path / "last" / "saw.json").is_file()
 
 
 @pytest.mark.usefixtures("steps")
