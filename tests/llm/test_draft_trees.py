@@ -25,8 +25,12 @@ from ridgeline import LLM, SamplingParams
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.request import Request
 from ridgeline.core.step import StepRecord
+from ridgeline.run.beams import Beams
+from ridgeline.run.graphs import PassGraphs
+from ridgeline.run.places import PassSize
+from ridgeline.speculate.acceptance import EDGES
 from ridgeline.speculate.seconds import Seconds
-from ridgeline.speculate.speculator import Round
+from ridgeline.speculate.speculator import WIDTH, Round
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4
 """Keys and values of a block of 16 tokens in the tiny model."""
@@ -71,6 +75,9 @@ SETTINGS: dict[str, Any] = {
     "max_num_batched_tokens": 64,
     "seed": 5,
 }
+SIZES = (PassSize(8, 1), PassSize(64, 32))
+"""Of drafting passes, where they are of fixed sizes."""
+
 SHAPES: dict[str, dict[str, Any]] = {
     "auto": {"method": "tree"},
     "wide": {"method": "tree", "tree": [8]},
@@ -106,6 +113,37 @@ def make(make_llm: Callable[..., LLM]) -> Callable[..., LLM]:
     return made
 
 
+@pytest.fixture
+def make_on_device(make: Callable[..., LLM]) -> Callable[..., LLM]:
+    """The same with all levels of a draft behind one another without the host, as where they are captured. Each LLM
+    has a list `drafts` of how many requests and levels every such draft had."""
+
+    def made(**settings: Any) -> LLM:
+        llm = make(**settings)
+        speculator, config = llm.built.speculator, llm.built.config
+        blocks = -(-config.max_model_len // config.block_size)
+        drafts: list[tuple[int, int]] = []
+        for model in speculator.models:
+            size = model.device, config.block_size
+            ops = model.table.ops("tree")
+            model.graphs = passes = PassGraphs(model.model, model.pages, ops, *size, SIZES, blocks, WIDTH)
+            model.beams = Beams(
+                model.model, model.pages, ops, *size, 32, blocks, passes.proposed, passes.chances, EDGES
+            )
+            whole = model.beams.draft
+
+            def counted(begun: Any, passed: Any, widths: Any, *more: Any, whole: Any = whole) -> Any:
+                drafts.append((len(begun), len(widths)))
+                return whole(begun, passed, widths, *more)
+
+            model.beams.draft = counted
+        speculator.level_seconds = Price({1: 0.01, 256: 0.03})
+        llm.drafts = drafts
+        return llm
+
+    return made
+
+
 def drafting(shape: str, *models: Path) -> dict[str, Any]:
     config = dict(SHAPES[shape])
     if config["method"] != "ngram":
@@ -122,6 +160,37 @@ def test_every_kind_of_request(make: Callable[..., LLM], near: Path, expected: d
     assert tally.drafted > tally.accepted
     assert tally.accepted > 0 or shape.startswith("ngram")  # a random model repeats nothing
     assert_empty(llm)
+
+
+@pytest.mark.parametrize("shape", ["auto", "deep", "bushy", "nodes", "chain", "chain, sized"])
+def test_every_kind_of_request_with_drafts_on_the_device(
+    make_on_device: Callable[..., LLM], near: Path, expected: dict[str, Any], shape: str
+) -> None:
+    llm = make_on_device(speculative_config=drafting(shape, near))
+    for kind in KINDS:
+        assert told(llm, *jobs([kind])) == expected[kind], kind
+    assert llm.drafts
+    assert max(levels for _, levels in llm.drafts) > 1
+    tally = llm.built.speculator.tally
+    assert tally.drafted > tally.accepted > 0
+    assert_empty(llm)
+
+
+@pytest.mark.parametrize("shape", ["bushy", "deep", "chain"])
+def test_trees_of_given_shape_are_the_same_wherever_they_are_drafted(
+    make: Callable[..., LLM], make_on_device: Callable[..., LLM], near: Path, shape: str
+) -> None:
+    told_of: list[list[Any]] = []
+    for maker in (make, make_on_device):
+        llm = maker(speculative_config=drafting(shape, near))
+        rounds: list[Round] = []
+        llm.built.speculator.listeners.append(rounds.append)
+        params = [SamplingParams(max_tokens=20, temperature=heat, seed=3, ignore_eos=True) for heat in (0.0, 0.9)]
+        llm.generate(["hello world", "the quick brown fox"], params, use_tqdm=False)
+        told_of.append(
+            [(one.tree.tokens, one.tree.parents, one.ranks, [round(q, 4) for q in one.chances]) for one in rounds]
+        )
+    assert told_of[0] == told_of[1]
 
 
 def test_what_repeats_itself_is_drafted_from_itself(make: Callable[..., LLM]) -> None:
@@ -159,6 +228,26 @@ def test_all_at_once(
         assert got == told(llm, *jobs(list(KINDS)))  # now with prefix hits
     if "kv_cache_memory_bytes" in settings:
         assert llm.built.engine.scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_cache_memory_bytes": 14 * BLOCK_BYTES, "max_model_len": 80, "max_num_seqs": 6},
+        {"max_num_batched_tokens": 9},
+        {"max_model_len": 80, "async_scheduling": True},
+    ],
+    ids=["preempting", "small chunks", "overlapped"],
+)
+@pytest.mark.parametrize("shape", ["auto", "chain"])
+def test_all_at_once_with_drafts_on_the_device(
+    make_on_device: Callable[..., LLM], near: Path, expected: dict[str, Any], shape: str, settings: dict[str, Any]
+) -> None:
+    """Short contexts and full pools too, where the slots of a beam find no room."""
+    llm = make_on_device(speculative_config=drafting(shape, near), **settings)
+    assert told(llm, *jobs(list(KINDS))) == [one for kind in KINDS for one in expected[kind]]
+    assert llm.drafts or (shape, len(settings)) == ("auto", 3)  # a beam of eight finds no room in a pool so small
+    assert_empty(llm)
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "seed": 7}, {"temperature": 0.9}])

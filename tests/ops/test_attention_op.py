@@ -169,7 +169,7 @@ BAD = [
     ("tree", tree_call(tree=None), "with tails"),
     ("tails", tree_call(tails=None), "with tree"),
     ("tree", tree_call(causal=False), "causal=True"),
-    ("tree", tree_call(tree=torch.zeros(4, 2, dtype=torch.int32)), "1 words a row"),
+    ("tree", tree_call(tree=torch.zeros(4, 0, dtype=torch.int32)), "1 words a row"),
     ("tree", tree_call(tree=torch.zeros(4, 1)), "int32"),
     ("tree", tree_call(tree=torch.zeros(3, 1, dtype=torch.int32)), "[4, any]"),
     ("tails", tree_call(spans=Spans((3, 1), (20, 9), ((1,) * 4, ()))), "4 of 3"),

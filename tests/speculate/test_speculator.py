@@ -23,6 +23,9 @@ class Drafter:
     """Proposes tokens 1, 2, ... behind every node. sure: requests behind whose tokens it is sure of the first; of the
     others it knows nothing. clock: time, which a pass takes."""
 
+    beams = None
+    block_size = 16
+
     def __init__(self, sure: Sequence[str] = (), pass_s: float = 0.1) -> None:
         self.sure = sure
         self.pass_s = pass_s
@@ -66,7 +69,7 @@ def requests(*names: str) -> list[tuple[Request, int]]:
 
 
 def draft(one: Speculator, chosen: Sequence[tuple[Request, int]], room: int = 256) -> dict[str, TokenTree]:
-    return one.draft(chosen, lambda request, nodes: min(nodes, room), lambda request: 50, lambda name: [0])
+    return one.draft(chosen, lambda request, nodes, slots: min(nodes, room), lambda request: 50, lambda name: [0])
 
 
 def verified(one: Speculator, trees: dict[str, TokenTree], how_far: Callable[[str], int], step_s: float) -> None:

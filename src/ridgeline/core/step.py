@@ -190,9 +190,10 @@ class Spans:
 
     new: tokens that each request computes now; visible: keys that its last new token sees (itself
     included). trees: empty if no request verifies a draft tree; else, for each request, how many of the
-    tree's keys each of its last rows sees, one number a node of its tree (the last keys of `visible` are
-    these nodes; no numbers: no tree). Kernels never see these integers; they read the device part of a
-    Batch.
+    tree's keys each of its last rows sees, one number a node of its tree (the last keys of `visible` are these
+    nodes; no numbers: no tree). Nodes that were computed earlier count as keys before the tree: a row's number is
+    less by all of them, and more by those that it sees. Kernels never see these integers; they read the device part of
+    a Batch.
     """
 
     new: tuple[int, ...]

@@ -48,11 +48,13 @@ from ridgeline.models.weights import Store, load_checkpoint
 from ridgeline.ops import Ops
 from ridgeline.ops.attention_call import WORD_BITS
 from ridgeline.perf.price import Price
+from ridgeline.run.beams import Beams
 from ridgeline.run.graphs import DecodeGraphs, PassGraphs, pass_sizes_up_to, sizes_up_to
 from ridgeline.run.places import PassSize
 from ridgeline.run.runner import SCORED_ROWS, Runner
 from ridgeline.schedule import Scheduler, make_policy
 from ridgeline.schedule.policies import POLICIES
+from ridgeline.speculate.acceptance import EDGES
 from ridgeline.speculate.draft_model import DraftModel, Growth
 from ridgeline.speculate.seconds import Seconds
 from ridgeline.speculate.speculator import WIDTH, Speculator
@@ -173,7 +175,8 @@ def build(
             runner.passes = _pass_graphs(resolved, model, pages, table)
             for one in models:
                 one.graphs = _pass_graphs(resolved, one.model, one.pages, one.table, children=WIDTH)
-        drafts = [one.graphs for one in models if one.graphs is not None]
+                one.beams = _beams(resolved, one.model, one.pages, one.table, one.graphs)
+        drafts = [graphs for one in models for graphs in (one.graphs, one.beams) if graphs is not None]
         _capture([runner.graphs, *([] if runner.passes is None else [runner.passes]), *drafts], capturing)
     if speculation is not None:
         with _watched(table, compiling):
@@ -292,14 +295,19 @@ def _speculator(
         with suppress(CheckpointError):
             runner.run(StepPlan(0, tuple(chunks)))
 
-    def draft(requests: int) -> None:
+    def draft(requests: int, levels: int = 0) -> None:
+        """One pass; or all of some levels on the device."""
+        width = 1 if speculation.method == "draft_model" else WIDTH
         for model in models:
             growths = [
                 Growth(Request(f"price/{i}", [0] * (start + 1), 1, params, 1), blocks, 1) for i in range(requests)
             ]
             for growth in growths:
                 model.caught_up(growth.request, blocks)
-            model.propose(growths, 1 if speculation.method == "draft_model" else WIDTH)
+            if levels:
+                model.levels(growths, (width,) * levels, [[0.5] * (len(EDGES) + 1)] * WIDTH)
+            else:
+                model.propose(growths, width)
             for growth in growths:
                 model.forget(growth.request.request_id)
 
@@ -312,12 +320,23 @@ def _speculator(
     if models:
         rows = [count for count in PRICED_REQUESTS if count <= max(resolved.max_num_seqs, SOME_NODES)]
         drafts = {count: _best_s(runner.device, lambda count=count: draft(count)) for count in rows}  # type: ignore[misc]
+    deep = None
+    beams = [model.beams for model in models]
+    if beams and all(one is not None and start + 1 + one.slots(1, PRICED_LEVELS) <= room for one in beams):
+        ones, several = (
+            {count: _best_s(runner.device, lambda n=count, d=depth: draft(n, d)) for count in counts}  # type: ignore[misc]
+            for depth in (1, PRICED_LEVELS)
+        )
+        drafts = {**drafts, **ones}
+        deep = Seconds({count: (several[count] - ones[count]) / (PRICED_LEVELS - 1) for count in counts})
     most_rows = max(TREE_ROWS, resolved.max_num_seqs)
-    return Speculator(speculation, models, Seconds(seconds), Seconds(plain), Seconds(drafts), most_rows)
+    prices = Seconds(seconds), Seconds(plain), Seconds(drafts)
+    return Speculator(speculation, models, *prices, most_rows, level_seconds=deep)
 
 
 PRICED_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 255)
 PRICED_REQUESTS = (1, 4, 16, 64, 256)
+PRICED_LEVELS = 5
 SOME_NODES = 16
 """Rows of a drafting pass that are priced even for few requests: a pass computes several nodes of each."""
 TREE_ROWS = 512
@@ -391,7 +410,27 @@ def _pass_graphs(
     )
 
 
-def _capture(several: Sequence[DecodeGraphs | PassGraphs], capturing: Callable[[int, int], None] | None) -> None:
+def _beams(resolved: Resolved, model: Decoder, pages: Pages, table: Table, passes: PassGraphs) -> Beams | None:
+    """Of a draft model, behind what `passes` propose. Not captured yet. None if its trees have no room in a window."""
+    if not passes.sizes or passes.most_nodes < MOST_NODES:
+        return None
+    return Beams(
+        model,
+        pages,
+        table.ops("tree"),
+        torch.device(resolved.device),
+        resolved.block_size,
+        resolved.max_num_seqs,
+        -(-resolved.max_model_len // resolved.block_size),
+        passes.proposed,
+        passes.chances,
+        EDGES,
+    )
+
+
+def _capture(
+    several: Sequence[DecodeGraphs | PassGraphs | Beams], capturing: Callable[[int, int], None] | None
+) -> None:
     """One after the other, counted together."""
     total, before = sum(len(one.sizes) for one in several), 0
     for one in several:
@@ -635,6 +674,13 @@ def _trace(price: Price, work: str, resolved: Resolved, ops: Ops, drafts: bool =
             ops.kv_compact(price.pages, *ops.accept(longs, longs, longs, longs, longs, *narrow, length))
     if drafts:
         ops.propose(logits, floats, longs, longs, False, 1)
+    if drafts and work == "tree" and not resolved.enforce_eager:
+        ints, wide = empty(rows, dtype=torch.int32), empty(rows, 1, dtype=torch.int32)
+        record, edges = empty(1, rows, 1, 3, dtype=torch.int32), floats[:1]
+        ops.branch(
+            empty(rows, 1), floats[:, None], floats[:, None], wide, longs, longs, longs, longs, ints, ints, record,
+            ints, ints, wide, floats[None, :], edges, ints, resolved.block_size,
+        )  # fmt: skip
 
 
 def _ledger(
@@ -766,12 +812,17 @@ def _measured_passes(
     before = device_memory_bytes(device)[1]
     sizes = _pass_sizes(resolved)
     graphs = _pass_graphs(resolved, model, pages, table, children, sorted({sizes[0], sizes[-1]}))
+    beams = None if children is None else _beams(resolved, model, pages, table, graphs)
     seen: list[int] = []
     graphs.capture(lambda done, total: seen.append(device_memory_bytes(device)[1]))
+    if beams is not None:
+        beams.capture()
     used = before - device_memory_bytes(device)[1]
     each = max(seen[0] - seen[-1], GRAPH_BYTES) if seen else 0
-    graphs.release()
-    del graphs, pages
+    for one in (graphs, beams):
+        if one is not None:
+            one.release()
+    del graphs, beams, pages
     torch.cuda.empty_cache()
     return max(used, 0) + max(len(sizes) - 2, 0) * each
 

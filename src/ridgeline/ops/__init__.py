@@ -5,6 +5,7 @@ Importing this package fills the registry. It must not know which kernel serves 
 
 from ridgeline.ops.accept import accept
 from ridgeline.ops.attention import attention
+from ridgeline.ops.branch import branch
 from ridgeline.ops.embed import embed
 from ridgeline.ops.feed import feed
 from ridgeline.ops.kv_move import kv_compact, kv_move
@@ -28,6 +29,7 @@ __all__ = [
     "accept",
     "adjust",
     "attention",
+    "branch",
     "embed",
     "feed",
     "gate",

@@ -51,9 +51,10 @@ def attention(
     softcap: scores become softcap * tanh(score / softcap) before the mask. sinks: [H] fp32 logits that
     take part in the denominator and have no value.
     tree: [T, words] int32 and tails: [B] int32: the last tails[b] keys of b are nodes of a tree, its last
-    tails[b] rows the same nodes. Such a row sees the keys before the tail (those within `window` of its
-    position: the tail's start + its number of bits - 1) and tail key j if bit j % 32 of word j // 32 is set;
-    bits past the tail are not looked at. Other rows are causal.
+    tails[b] rows the same nodes; if it has fewer rows, they are the last nodes, the others having been computed
+    before. Such a row sees the keys before the tail (those within `window` of its position: the tail's start + its
+    number of bits - 1) and tail key j if bit j % 32 of word j // 32 is set; bits past the tail are not looked at.
+    Other rows are causal.
     spans: the same lengths as host integers, for cost and checks alone.
 
     Returns [T, H, D]; with return_lse also [T, H] fp32, the natural logarithm of the sum of exponentials,
@@ -102,8 +103,8 @@ def seen(call: Call, first: int, last: int, tail: int, length: int) -> torch.Ten
         return torch.ones(last - first, length, dtype=torch.bool, device=device)
     mask = key <= position
     if call.tree is not None and tail < length:
-        nodes = length - tail
-        bit = torch.arange(nodes, device=device)
+        nodes = min(length - tail, last - first)
+        bit = torch.arange(length - tail, device=device)
         bits = (call.tree[last - nodes : last, bit // WORD_BITS] >> (bit % WORD_BITS)) & 1
         mask[-nodes:, :tail] = True
         mask[-nodes:, tail:] = bits.bool()
@@ -168,6 +169,8 @@ def _(device: Any, dtype: torch.dtype) -> Iterator[Mapping[str, Any]]:
         (8, 2, 64, 32, None, {"tails": (0, 1, 4, 0, 2), "return_lse": True}),
         (4, 2, 64, 16, 64, {"tails": (40, 1, 0, 0, 0), "sinks": True}),
         (4, 2, 64, None, 32, {"tails": (30, 1, 3, 0, 2)}),
+        (3, 1, 64, 16, None, {"tails": (20, 9, 33, 0, 4)}),
+        (4, 2, 64, 32, 64, {"tails": (3, 17, 5, 0, 0)}),
     )
     for heads, kv_heads, head_dim, size, limit, features in cases:
         yield attention_inputs(device, dtype, heads, kv_heads, head_dim, size, limit, *ragged, **features)
@@ -193,7 +196,7 @@ def attention_inputs(
     """Random arguments for `attention`, NaN wherever nobody may look.
 
     block: keys of a page (pages come in random order), or None for contiguous keys. tails: nodes of each
-    request's tree, which is random too.
+    request's tree, which is random too; of more nodes than rows, the last are the rows.
     """
     lows = tuple(_unseen(rows, length, window) for rows, length in zip(new, visible))
     layout = _pages(kv_heads, head_dim, block, visible, lows) if block else _rows(kv_heads, head_dim, visible, lows)
@@ -282,8 +285,9 @@ def random_trees(new: tuple[int, ...], tails: tuple[int, ...]) -> tuple[torch.Te
             nodes.append((nodes[parent] if parent >= 0 else 0) | 1 << node)
         for node, bits in enumerate(nodes):
             filled = bits | -1 << count
-            for word in range(words):
+            for word in range(words if rows - count + node >= 0 else 0):
                 part = filled >> WORD_BITS * word & 0xFFFFFFFF
                 tree[start + rows - count + node, word] = part - (part >> 31 << 32)
-        trees.append(tuple(bits.bit_count() for bits in nodes))
+        before = max(0, count - rows)  # nodes that were computed earlier
+        trees.append(tuple(bits.bit_count() - before for bits in nodes[before:]))
     return tree, tuple(trees)

@@ -180,7 +180,7 @@ def _wrong_tree(call: Call, requests: int) -> tuple[str, str] | None:
             return "tails", f"must be no more than a request's new rows, not {len(seen)} of {new}"
     longest = max(map(len, trees), default=0)
     needed = max(1, -(-longest // WORD_BITS))
-    if words != needed:
+    if words < needed:
         return "tree", f"must have {needed} words a row, as the longest tail of {longest} keys takes, not {words}"
     if call.window is not None and call.window < WORD_BITS * words:
         return (

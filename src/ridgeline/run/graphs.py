@@ -168,7 +168,7 @@ class DecodeGraphs:
         """
         stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(stream), _no_garbage_collection():
+        with torch.cuda.stream(stream), no_garbage_collection():
             for number, rows in enumerate(reversed(self.sizes)):
                 size = self._sizes[rows]
                 staging = size.staging[0]
@@ -177,8 +177,8 @@ class DecodeGraphs:
                 self._forward(size)
                 self._choose(size)
                 stream.synchronize()
-                size.forward = _captured(partial(self._forward, size), pool)
-                size.choice = _captured(partial(self._choose, size), pool)
+                size.forward = captured(partial(self._forward, size), pool)
+                size.choice = captured(partial(self._choose, size), pool)
                 if progress is not None:
                     progress(number + 1, len(self.sizes))
         self._writer[0] = None
@@ -343,7 +343,7 @@ class PassGraphs:
         """Capture all sizes, the largest first; see DecodeGraphs.capture."""
         stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(stream), _no_garbage_collection():
+        with torch.cuda.stream(stream), no_garbage_collection():
             for number, size in enumerate(reversed(self.sizes)):
                 one = self._passes[size]
                 staging = one.staging[0]
@@ -352,8 +352,8 @@ class PassGraphs:
                 self._forward(one)
                 self._choose(one)
                 stream.synchronize()
-                one.forward = _captured(partial(self._forward, one), pool)
-                one.choice = _captured(partial(self._choose, one), pool)
+                one.forward = captured(partial(self._forward, one), pool)
+                one.choice = captured(partial(self._choose, one), pool)
                 if progress is not None:
                     progress(number + 1, len(self.sizes))
         self._writer[0] = None
@@ -450,7 +450,7 @@ class PassGraphs:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Memory that the collector frees in the middle of a capture would break it."""
     gc.collect()
     was_on = gc.isenabled()
@@ -462,7 +462,7 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+def captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     """Record what `work` launches on the current stream. KernelRefused if something in it cannot be recorded."""
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(pool, capture_error_mode="thread_local")

@@ -51,7 +51,7 @@ Layout = list[tuple[str, str, int, int, tuple[int, ...]]]
 
 def layout(rows: int, width: int) -> tuple[Layout, int]:
     """Where the fields of a decode step lie, and the bytes of all."""
-    return _placed(
+    return placed(
         [
             *((name, "int64", (rows,)) for name in ("ids", "sources", "positions", "slots", "seeds", "next")),
             ("temperature", "float32", (rows,)),
@@ -61,7 +61,7 @@ def layout(rows: int, width: int) -> tuple[Layout, int]:
     )
 
 
-def _placed(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[Layout, int]:
+def placed(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[Layout, int]:
     found: Layout = []
     end = 0
     for name, dtype, shape in shapes:
@@ -73,16 +73,16 @@ def _placed(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[Layout,
 
 def on_device(memory: torch.Tensor, rows: int, width: int) -> Fields:
     """Views of a stretch of bytes (uint8) on a device."""
-    return Fields(**_tensors(memory, layout(rows, width)[0]))
+    return Fields(**tensors(memory, layout(rows, width)[0]))
 
 
-def _tensors(memory: torch.Tensor, fields: Layout) -> dict[str, torch.Tensor]:
+def tensors(memory: torch.Tensor, fields: Layout) -> dict[str, torch.Tensor]:
     return {
         name: memory[start:end].view(getattr(torch, dtype)).view(shape) for name, dtype, start, end, shape in fields
     }
 
 
-def _arrays(memory: torch.Tensor, fields: Layout) -> dict[str, np.ndarray]:
+def arrays(memory: torch.Tensor, fields: Layout) -> dict[str, np.ndarray]:
     array = memory.numpy()
     return {name: array[start:end].view(np.dtype(dtype)).reshape(shape) for name, dtype, start, end, shape in fields}
 
@@ -97,7 +97,7 @@ class Staging:
     def __init__(self, memory: torch.Tensor, rows: int, width: int, block_size: int) -> None:
         fields, self.nbytes = layout(rows, width)
         self.rows, self.block_size = rows, block_size
-        self.fields = Fields(**_arrays(memory, fields))
+        self.fields = Fields(**arrays(memory, fields))
         self.forget()
 
     def forget(self) -> None:
@@ -205,7 +205,7 @@ class PassFields:
 def pass_layout(size: PassSize, words: int, width: int) -> tuple[Layout, int]:
     """Where the fields of a pass lie, and the bytes of all. The padding request is one more than the size says."""
     requests = size.requests + 1
-    return _placed(
+    return placed(
         [
             *((name, "int64", (size.rows,)) for name in ("ids", "positions", "slots", "parents", "seeds", "next")),
             ("temperature", "float32", (size.rows,)),
@@ -220,7 +220,7 @@ def pass_layout(size: PassSize, words: int, width: int) -> tuple[Layout, int]:
 
 def pass_on_device(memory: torch.Tensor, size: PassSize, words: int, width: int) -> PassFields:
     """Views of a stretch of bytes (uint8) on a device."""
-    return PassFields(**_tensors(memory, pass_layout(size, words, width)[0]))
+    return PassFields(**tensors(memory, pass_layout(size, words, width)[0]))
 
 
 class PassStaging:
@@ -232,7 +232,7 @@ class PassStaging:
     def __init__(self, memory: torch.Tensor, size: PassSize, words: int, width: int, block_size: int) -> None:
         fields, self.nbytes = pass_layout(size, words, width)
         self.size, self.words, self.block_size = size, words, block_size
-        self.fields = PassFields(**_arrays(memory, fields))
+        self.fields = PassFields(**arrays(memory, fields))
         self.forget()
 
     def forget(self) -> None:

@@ -436,10 +436,12 @@ class Scheduler:
 
     # What is drafted
 
-    def room(self, request: Request, nodes: int) -> int:
+    def room(self, request: Request, nodes: int, slots: int = 0) -> int:
         """How many of `nodes` drafted nodes a request chosen for its last token may have, their slots reserved.
 
         Bounded by the step's tokens, the context, and blocks that are free beyond one for each running request.
+        slots: what drafting them takes behind the request's tokens, if that is more; the table then shows whether there
+        were as many.
         """
         known, cache = len(request.tokens), self.cache
         if request.unread or request.planned != known - 1 or request.planned < request.prompt_len:
@@ -449,7 +451,10 @@ class Scheduler:
         nodes = min(nodes, self._left_tokens, self.max_model_len - known)
         if nodes <= 0:
             return 0
-        copies = cache.reserve(request.request_id, request.planned, known + nodes, len(self._running))
+        copies = None
+        for behind in sorted({max(nodes, min(slots, self.max_model_len - known)), nodes}, reverse=True):
+            if copies is None:
+                copies = cache.reserve(request.request_id, request.planned, known + behind, len(self._running))
         if copies is None:
             nodes = min(nodes, len(cache.table(request.request_id)) * cache.block_size - known)
         else:

@@ -50,6 +50,10 @@ class Acceptance:
         hits, trials = self._classes[min(rank, RANKS - 1)][bisect_right(EDGES, q)]
         return hits / trials
 
+    def odds(self, width: int) -> list[list[float]]:
+        """`of` as a table: by rank up to `width` and class of probability (EDGES), below 1 so that deeper is less."""
+        return [[min(0.999, hits / trials) for hits, trials in ranks] for ranks in self._classes[:width]]
+
     def shape(self, width: int, most: int) -> Shape:
         """The likeliest nodes by depth and rank."""
         return likeliest(self.by_depth, width, DEEPEST, most)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from ridgeline.core.tree import ROOT, Sketch
 from ridgeline.kernels.select import Table
 from ridgeline.kv.pages import Pages
 from ridgeline.models.decoder import Decoder
+from ridgeline.run.beams import Beams, Begun, Levels
 from ridgeline.run.graphs import PassGraphs
-from ridgeline.run.prepare import penalizes, prepare, sample_inputs, send
+from ridgeline.run.prepare import adjusts, penalizes, prepare, sample_inputs, send
 from ridgeline.run.verify import Choose, Trial, draw_children, law_of
 
 
@@ -85,6 +87,8 @@ class DraftModel:
         self.most_tokens = most_tokens
         self.graphs: PassGraphs | None = None
         """Serve the passes that they can; None: every pass runs op by op."""
+        self.beams: Beams | None = None
+        """Serve the levels behind the first pass that they can, all at once."""
         self.passes = 0
         self.last_rows = 0
         """Rows of the pass that proposed last."""
@@ -151,6 +155,37 @@ class DraftModel:
                 result.append(_drawn(growth, growth.choose, logits[row : row + len(growth.at)]))
             row += len(growth.at)
         return result
+
+    def levels(
+        self, growths: Sequence[Growth], widths: Sequence[int], odds: Any, among: int = 0
+    ) -> list[Levels] | None:
+        """All levels of these drafts with one wait for the device, the first pass included: in each, `widths[level]`
+        children count behind each row of a request's beam. None if that cannot be done here.
+
+        growths: as they begin, each with Beams.slots behind its tokens, reckoned for `among` requests if that is more.
+        odds: see Beams.draft.
+        """
+        graphs, beams = self.graphs, self.beams
+        if graphs is None or beams is None or not beams.serves(max(len(growths), among)):
+            return None
+        settings = [_sampling(growth, ROOT) for growth in growths]
+        if max(widths) > beams.children or any(map(adjusts, settings)):
+            return None
+        self._catch_up(growths)
+        chunks = [self._chunk(growth)[0] for growth in growths]
+        if graphs.size_for(chunks) is None:  # nothing of them is computed, then
+            for chunk in chunks:
+                self._states[chunk.request_id].computed = chunk.start
+            return None
+        begun: list[Begun] = []
+        first = 0
+        for growth, chunk, sampling in zip(growths, chunks, settings):
+            first += chunk.new
+            begun.append(Begun(len(growth.request.tokens), growth.blocks, first - 1, sampling))
+        self.passes += len(widths)
+        self.last_rows = first
+        passed = graphs.launch(chunks, [(one.row, one.sampling) for one in begun])
+        return beams.draft(begun, passed, widths, odds, among)
 
     def _chunk(self, growth: Growth) -> tuple[Chunk, list[int]]:
         """The rows that a growth's next pass computes, and which of them are asked for."""

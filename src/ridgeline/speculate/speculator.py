@@ -9,6 +9,7 @@ may follow the text, be pruned by any score, and be left out.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,15 +17,16 @@ from ridgeline.core.request import Request
 from ridgeline.core.speculation import Speculation
 from ridgeline.core.step import Accepted, StepPlan, StepResult
 from ridgeline.core.tree import MOST_NODES, ROOT, Sketch, TokenTree, merged
+from ridgeline.run.beams import Levels
 from ridgeline.run.verify import Draws, Path, Trial, seeded
-from ridgeline.speculate.acceptance import DEEPEST, RANKS, Acceptance
+from ridgeline.speculate.acceptance import DEEPEST, EDGES, RANKS, Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
 from ridgeline.speculate.ngram import SuffixIndex
-from ridgeline.speculate.seconds import Seconds
+from ridgeline.speculate.seconds import OUTLIER, Seconds
 from ridgeline.speculate.tree_size import Shape, Sizes, choose_sizes
 
-Room = Callable[[Request, int], int]
-"""(request, nodes wanted) -> nodes granted, their slots reserved."""
+Room = Callable[[Request, int, int], int]
+"""(request, nodes wanted, slots that drafting takes) -> nodes granted, as many slots reserved as there are."""
 
 WIDTH = 4
 """Siblings that are considered at each node, when the sizer decides."""
@@ -65,6 +67,18 @@ class _Drafted:
     sources: list[int]
     draws: Draws | None = None
     cut: Cut = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Growing:
+    """A request that gets a tree: how deep and of how many nodes at the most. levels: how many children count behind
+    each row of every level, if it is drafted on the device; among: how many requests its slots were reckoned for."""
+
+    request: Request
+    depth: int
+    nodes: int
+    levels: Sequence[int]
+    among: int
 
 
 class _Drawn:
@@ -135,8 +149,9 @@ class Speculator:
 
     speculation: what was asked for. models: the draft models, none for n-grams. seconds: of a step of the target with
     trees, by its rows; plain_seconds: of one without, which has kernels of its own and less to prepare;
-    draft_seconds: of a pass of the draft models by its rows. All learn from what steps take. most_rows: known tokens
-    and nodes of a step, over all requests.
+    draft_seconds: of a pass of the draft models by its rows; level_seconds: of one more level on the device, by
+    requests, where there is such a thing. All learn from what steps take. most_rows: known tokens and nodes of a step,
+    over all requests.
     """
 
     def __init__(
@@ -148,12 +163,14 @@ class Speculator:
         draft_seconds: Seconds,
         most_rows: int,
         clock: Callable[[], float] = time.perf_counter,
+        level_seconds: Seconds | None = None,
     ) -> None:
         self.speculation = speculation
         self.models = list(models)
         self.seconds = seconds
         self.plain_seconds = plain_seconds
         self.draft_seconds = draft_seconds
+        self.level_seconds = level_seconds
         self.most_rows = most_rows
         self.acceptance = Acceptance()
         self.sizes: Sizes | None = None
@@ -216,11 +233,15 @@ class Speculator:
                 most = min(MOST_NODES, ROOM * sizes.nodes) if shaped else sizes.nodes
                 growing = []
                 left = self.most_rows - len(chosen)
+                levels = self._levels(len(candidates), sizes)
+                slots = self._slots(len(candidates), len(levels))
                 for request, depth in candidates:
-                    granted = room(request, min(most, left)) if left > 0 else 0
-                    if granted:
-                        growing.append((request, min(depth, DEEPEST if shaped else sizes.depth), granted))
-                        left -= granted
+                    nodes = room(request, min(most, left), slots) if left > 0 else 0
+                    if nodes:
+                        most_depth = min(depth, DEEPEST if shaped else sizes.depth)
+                        there = len(table(request.request_id)) * self._block_size - len(request.tokens) >= slots
+                        growing.append(_Growing(request, most_depth, nodes, levels if there else (), len(candidates)))
+                        left -= nodes
                 self._grow(growing, table, sizes)
             else:
                 self._without += 1
@@ -276,6 +297,7 @@ class Speculator:
                 again=self._width > 1,
                 most_rows=self.most_rows,
                 plain=self.plain_seconds,
+                level_s=self._level_s(requests),
             )
         return found
 
@@ -285,30 +307,59 @@ class Speculator:
             self._shapes[most] = self.acceptance.shape(self._width, most)
         return self._shapes[most]
 
+    def _levels(self, requests: int, sizes: Sizes) -> Sequence[int]:
+        """Children that count behind each row of every level, if so many requests draft on the device; else none.
+
+        What the sizer counts with is the mean of all contexts: a level costs little there, so confident ones get more.
+        """
+        asked, beams = self.speculation, [model.beams for model in self.models]
+        if not beams or any(one is None or not one.serves(requests) for one in beams):
+            return ()
+        if not asked.widths:
+            depth = sizes.depth if not self.sized else min(DEEPEST, sizes.depth + max(1, sizes.depth // 2))
+            return (self._width,) * depth
+        frontier = 1
+        for width in asked.widths[:-1]:
+            frontier *= width
+        beam = min(one.beam(requests) for one in beams if one is not None)
+        return asked.widths if frontier <= beam and len(asked.widths) <= DEEPEST else ()
+
+    def _slots(self, requests: int, levels: int) -> int:
+        """That a request needs behind its tokens for so many levels on the device."""
+        return max((one.slots(requests, levels) for one in (m.beams for m in self.models) if one and levels), default=0)
+
+    @property
+    def _block_size(self) -> int:
+        return self.models[0].block_size if self.models else 1
+
     def _pass_s(self, rows: int) -> float:
         """Seconds of a pass of the drafters."""
         return self.draft_seconds(rows) if self.models else 0.0
 
+    def _level_s(self, requests: int) -> float | None:
+        """Seconds of one more level on the device, None if drafts do not go there."""
+        if self.level_seconds is None or any(m.beams is None or not m.beams.serves(requests) for m in self.models):
+            return None
+        return self.level_seconds(requests)
+
     # Growing trees
 
-    def _grow(
-        self, growing: Sequence[tuple[Request, int, int]], table: Callable[[str], Sequence[int]], sizes: Sizes
-    ) -> None:
+    def _grow(self, growing: Sequence[_Growing], table: Callable[[str], Sequence[int]], sizes: Sizes) -> None:
         if not growing:
             return
         drafters = len(self.models) + self.speculation.looks_up
-        share = [(request, depth, max(1, nodes // drafters)) for request, depth, nodes in growing]
+        share = [replace(one, nodes=max(1, one.nodes // drafters)) for one in growing]
         several: list[list[_Drafted | None]] = [
             self._by_model(model, source, share, table, sizes) for source, model in enumerate(self.models)
         ]
         if self.speculation.looks_up:
-            several.append([self._looked_up(*one) for one in share])
-        for (request, _, nodes), *drafts in zip(growing, *several):
+            several.append([self._looked_up(one.request, one.depth, one.nodes) for one in share])
+        for grown, *drafts in zip(growing, *several):
             found = [one for one in drafts if one is not None]
             if len(found) == 1:
-                self._drafted[request.request_id] = found[0]
+                self._drafted[grown.request.request_id] = found[0]
             elif found:
-                self._drafted[request.request_id] = _union(found, nodes, bool(self.listeners))
+                self._drafted[grown.request.request_id] = _union(found, grown.nodes, bool(self.listeners))
 
     def _looked_up(self, request: Request, depth: int, nodes: int) -> _Drafted | None:
         """What followed the last tokens before."""
@@ -322,20 +373,109 @@ class Speculator:
         self,
         model: DraftModel,
         source: int,
-        growing: Sequence[tuple[Request, int, int]],
+        growing: Sequence[_Growing],
         table: Callable[[str], Sequence[int]],
         sizes: Sizes,
     ) -> list[_Drafted | None]:
-        """One model's trees, level by level. Its own chance of each node is the product down its path."""
+        """One model's trees. Its own chance of each node is the product down its path."""
+        result: list[_Drafted | None] = [None] * len(growing)
+        levels = next((one.levels for one in growing if one.levels), ())
+        there = [
+            place for place, one in enumerate(growing) if one.levels and self._verification(one.request) != "multi_step"
+        ]
+        found = (
+            self._on_device(model, source, [growing[place] for place in there], table, levels, sizes) if there else None
+        )
+        elsewhere = range(len(growing)) if found is None else sorted(set(range(len(growing))) - set(there))
+        for place, one in zip(there, found or ()):
+            result[place] = one
+        for place, one in zip(elsewhere, self._by_passes(model, source, [growing[p] for p in elsewhere], table, sizes)):
+            result[place] = one
+        return result
+
+    def _on_device(
+        self,
+        model: DraftModel,
+        source: int,
+        growing: Sequence[_Growing],
+        table: Callable[[str], Sequence[int]],
+        levels: Sequence[int],
+        sizes: Sizes,
+    ) -> list[_Drafted | None] | None:
+        """One model's trees, all levels at once; None if it cannot."""
+        began = self._clock()
+        odds = self.acceptance.odds(WIDTH)
+        growths = [
+            Growth(
+                one.request,
+                table(one.request.request_id),
+                max(one.nodes, self._slots(one.among, len(levels))),
+                coldly=self._verification(one.request) == "target_only",
+            )
+            for one in growing
+        ]
+        found = model.levels(growths, levels, odds, growing[0].among)
+        if found is None:
+            return None
+        drafted = [self._from_levels(one, grown, levels, odds, source, sizes) for one, grown in zip(found, growing)]
+        if self.level_seconds is not None:
+            expected = self.draft_seconds(len(growing)) + (len(levels) - 1) * self.level_seconds(len(growing))
+            took = len(self.models) * (self._clock() - began)
+            off = min(took / expected, OUTLIER) - 1.0 if expected > 0 else 0.0
+            self.draft_seconds.drift(off)
+            self.level_seconds.drift(off)
+        return drafted
+
+    def _from_levels(
+        self,
+        found: Levels,
+        grown: _Growing,
+        widths: Sequence[int],
+        odds: Sequence[Sequence[float]],
+        source: int,
+        sizes: Sizes,
+    ) -> _Drafted | None:
+        """The best nodes of what the levels hold, as a tree."""
+        sketch, noted = Sketch(), {}
+        least = sizes.least_chance if self.sized else 0.0
+        skipped = 0.0 if self.listeners else least  # whoever explains wants to see what was left out
+        children = len(found.tokens[0][0])
+        rows: list[int | None] = [ROOT]
+        for level, width in enumerate(widths[: grown.depth]):
+            made: dict[int, int] = {}
+            for row, parent in enumerate(rows):
+                if parent is None:
+                    continue
+                above = 1.0 if parent == ROOT else sketch.scores[parent]
+                for rank, (token, chance) in enumerate(
+                    zip(found.tokens[level][row][:width], found.chances[level][row][:width])
+                ):
+                    score = above * odds[rank][bisect_right(EDGES, chance)]
+                    if score >= skipped:
+                        node = made[row * children + rank] = sketch.add(token, parent, score)
+                        noted[node] = rank, chance, source
+            rows = [made.get(place) for place in found.chosen[level]]
+        kept = [node for node in sketch.best(grown.nodes) if sketch.scores[node] >= least]
+        return _arranged(sketch, kept, noted, bool(self.listeners))
+
+    def _by_passes(
+        self,
+        model: DraftModel,
+        source: int,
+        growing: Sequence[_Growing],
+        table: Callable[[str], Sequence[int]],
+        sizes: Sizes,
+    ) -> list[_Drafted | None]:
+        """One model's trees, a pass and a look at it for each level."""
         widths = self.speculation.widths
         growths: list[Growth] = []
         drawn: dict[int, _Drawn] = {}
-        for request, _, nodes in growing:
-            family = self._verification(request)
-            growth = Growth(request, table(request.request_id), nodes, coldly=family == "target_only")
+        for one in growing:
+            request, family = one.request, self._verification(one.request)
+            growth = Growth(request, table(request.request_id), one.nodes, coldly=family == "target_only")
             if family == "multi_step":
                 growth.choose = seeded(request.seed, len(request.tokens), DRAFTING)
-                drawn[len(growths)] = _Drawn(self._topology(nodes, sizes.depth))
+                drawn[len(growths)] = _Drawn(self._topology(one.nodes, sizes.depth))
                 growth.counts = drawn[len(growths)].counts([ROOT])
             growths.append(growth)
         notes: list[dict[int, tuple[int, float, int]]] = [{} for _ in growing]
@@ -349,7 +489,8 @@ class Speculator:
             for place, proposed in zip(active, proposals):
                 growth = growths[place]
                 following = self._add(growth, proposed, notes[place], source)
-                ends = level == (min(growing[place][1], sizes.depth) if place in drawn else growing[place][1])
+                depth = growing[place].depth
+                ends = level == (min(depth, sizes.depth) if place in drawn else depth)
                 if place in drawn:
                     going = drawn[place].going_on(growth, proposed, following)
                 else:
@@ -359,15 +500,15 @@ class Speculator:
             if level > 1:  # the first also catches up, which is no price of a pass
                 self.draft_seconds.learn(model.last_rows, len(self.models) * (self._clock() - began))
         result: list[_Drafted | None] = []
-        for place, ((request, _, nodes), growth, noted) in enumerate(zip(growing, growths, notes)):
-            sketch = growth.sketch
+        for place, (grown, growth, noted) in enumerate(zip(growing, growths, notes)):
+            request, sketch = grown.request, growth.sketch
             if place in drawn:  # whoever was drawn stays: leaving one out by what it is would bend the law
                 arranged = _arranged(sketch, range(len(sketch)), noted)
                 if arranged is not None:
                     arranged.draws = Draws(drawn[place].trials, seeded(request.seed, len(request.tokens), VERIFYING))
                 result.append(arranged)
                 continue
-            kept = sketch.best(nodes)
+            kept = sketch.best(grown.nodes)
             if self.sized:
                 kept = [node for node in kept if sketch.scores[node] >= sizes.least_chance]
             result.append(_arranged(sketch, kept, noted, bool(self.listeners)))

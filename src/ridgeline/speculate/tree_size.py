@@ -107,12 +107,14 @@ def choose_sizes(
     again: bool = True,
     most_rows: int = 1 << 30,
     plain: Price | None = None,
+    level_s: float | None = None,
 ) -> Sizes:
     """Trees for so many requests of a step, beside `other_rows` that will be computed anyway.
 
     draft: of one pass of the drafters, which computes the root of each request, or the nodes that have children so
     far. again: whether a pass computes those of earlier levels once more, or only the last level's. most_rows: of
-    a step, over all requests. plain: of a step without trees, if that has a price of its own.
+    a step, over all requests. plain: of a step without trees, if that has a price of its own. level_s: seconds of
+    one more level for all requests, if that does not depend on what is computed in it.
     """
     plain_s = (plain or target)(requests + other_rows)
     plain_per_s = requests / plain_s
@@ -134,9 +136,9 @@ def choose_sizes(
                 known.add(parent)
                 inner[tree.depths[parent]] += 1
                 reached = max(reached, tree.depths[parent] + 1)
-                drafting_s = first_s
+                drafting_s = first_s + (0.0 if level_s is None else level_s * (reached - 1))
                 rows = 0
-                for level in range(1, reached):
+                for level in range(1, reached if level_s is None else 1):
                     rows = rows + inner[level] if again else inner[level]
                     drafting_s += draft(requests * rows)
             if reached < depth:
@@ -151,4 +153,4 @@ def choose_sizes(
     rows = requests * (1 + nodes) + other_rows
     step = max(1, requests * nodes // 4)
     node_s = max(0.0, (target(rows + step) - target(rows)) / step)
-    return Sizes(depth, nodes, rate, plain_per_s, node_s, draft(requests) / requests)
+    return Sizes(depth, nodes, rate, plain_per_s, node_s, (draft(requests) if level_s is None else level_s) / requests)

@@ -96,6 +96,7 @@ for dtype in (torch.bfloat16, torch.float32):
         "propose",
         "kv_compact",
         "accept",
+        "branch",
     ):
         for inputs in REGISTRY[name].inputs("cpu", dtype):
             if name != "embed" or "positions" in inputs:

@@ -45,6 +45,7 @@ def test_each_op_has_its_kernel() -> None:
         "take",
         "propose",
         "accept",
+        "branch",
         "kv_compact",
     }
     assert {op for op, _, _ in KERNELS} == set(REGISTRY)
@@ -91,6 +92,8 @@ def test_examples(device: str, name: str, kernel: str, way: str) -> None:
                 pairs = [(got, want), *((mine[p], inputs[p]) for p in ("k_pages", "v_pages"))]
             elif name in ("kv_move", "kv_compact"):
                 pairs = list(zip(mine["pages"], inputs["pages"]))
+            elif name == "branch":
+                pairs = [(mine[key], one) for key, one in inputs.items() if isinstance(one, torch.Tensor)]
             for a, b in pairs:
                 assert a.dtype == b.dtype
                 torch.testing.assert_close(a, b, atol=tolerance.absolute, rtol=tolerance.relative)

@@ -52,7 +52,7 @@ def _request(
     if first < last:
         keys, values = keys_of(call, index, length)
         rows = call.q[first:last].transpose(0, 1)
-        common = length - (last - first) if call.causal else length
+        common = min(length - (last - first), tail) if call.causal else length
         parts = []
         if common:
             parts.append(_fused(rows, keys[:, :common], values[:, :common], call.scale, False, None))

@@ -1,0 +1,156 @@
+"""Levels of a draft without the host, uncaptured on a CPU: what a model says behind each path, and which go on."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+
+from ridgeline.core.config import EngineConfig
+from ridgeline.core.request import Request, SamplingParams
+from ridgeline.core.step import Chunk, Sampling, StepPlan
+from ridgeline.engine.build import build
+from ridgeline.kernels.select import Table
+from ridgeline.ops import Ops
+from ridgeline.run.beams import DEEPEST, Beams, Levels, beam_of
+from ridgeline.run.graphs import PassGraphs, pass_sizes_up_to
+from ridgeline.run.prepare import prepare
+from ridgeline.run.runner import Runner
+from ridgeline.speculate.draft_model import DraftModel, Growth
+
+TOKENS = [3 + (place * 17) % 250 for place in range(80)]
+BLOCK, BLOCKS, CHILDREN = 16, 7, 4
+EDGES = (0.002, 0.004, 0.008)
+ODDS = [[0.3 + 0.1 * kind - 0.07 * rank for kind in range(len(EDGES) + 1)] for rank in range(CHILDREN)]
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, one_thread: None) -> Runner:
+    settings = {"kernels": "reference", "dtype": "float32", "block_size": BLOCK, "max_num_seqs": 8}
+    return build(EngineConfig(model=str(tiny), **settings)).runner  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def drafter(made: Runner) -> DraftModel:
+    ops, pages = Ops({}), deepcopy(made.pages)
+    for page in (*pages.keys, *pages.values):
+        page.zero_()
+    table = Table((), dict.fromkeys(("decode", "prefill", "mixed", "tree"), ops))
+    model = DraftModel(made.model, pages, table, made.device, BLOCK, 64)
+    model.graphs = PassGraphs(made.model, pages, ops, made.device, BLOCK, pass_sizes_up_to(8, 128), BLOCKS, CHILDREN)
+    model.beams = Beams(
+        made.model, pages, ops, made.device, BLOCK, 8, BLOCKS, model.graphs.proposed, model.graphs.chances, EDGES
+    )
+    return model
+
+
+def growing(count: int, params: SamplingParams) -> list[Growth]:
+    """Requests of different lengths, each in blocks of its own."""
+    requests = [Request(str(n), TOKENS[n : 12 + 6 * n], 30, params, 7 + n) for n in range(count)]
+    return [Growth(one, list(range(BLOCKS * n, BLOCKS * n + BLOCKS)), 60) for n, one in enumerate(requests)]
+
+
+def said(model: DraftModel, growth: Growth, path: Sequence[int], width: int) -> tuple[list[int], list[float]]:
+    """What the drafter proposes behind a path, the whole of it computed anew in other pages."""
+    tokens = [*growth.request.tokens, *path]
+    pages = deepcopy(model.pages)
+    sampling = Sampling(growth.request.params, growth.request.seed, len(tokens), tokens, 1)
+    plan = StepPlan(0, (Chunk("whole", tokens, 0, list(growth.blocks), sampling),))
+    batch = prepare(plan, model.device, BLOCK).batch
+    batch.rows = torch.tensor([len(tokens) - 1])
+    ops = Ops({})
+    logits = model.model.logits(model.model.forward(batch, pages.keys, pages.values, ops), ops)
+    found = ops.propose(
+        logits,
+        torch.tensor([growth.request.params.temperature]),
+        torch.tensor([growth.request.seed]),
+        torch.tensor([len(tokens)]),
+        growth.request.params.temperature == 0,
+        width,
+    )
+    return found[0][0].tolist(), found[1][0].tolist()
+
+
+def check(model: DraftModel, growth: Growth, found: Levels, widths: Sequence[int], beam: int) -> None:
+    """Level by level: the model's own proposals behind each row's path, and the best of them as the next rows."""
+    rows: list[tuple[list[int], float] | None] = [([], 1.0), *[None] * (beam - 1)]
+    for level, width in enumerate(widths):
+        scores: dict[int, float] = {}
+        paths: dict[int, list[int]] = {}
+        for row, one in enumerate(rows):
+            if one is None:
+                continue
+            path, above = one
+            tokens, chances = said(model, growth, path, CHILDREN)
+            assert found.tokens[level][row] == tokens
+            assert found.chances[level][row] == pytest.approx(chances, rel=1e-3, abs=1e-6)
+            for rank in range(width):
+                place = CHILDREN * row + rank
+                scores[place] = above * ODDS[rank][bisect_right(EDGES, found.chances[level][row][rank])]
+                paths[place] = [*path, tokens[rank]]
+        chosen = [place for place in found.chosen[level] if place >= 0]
+        assert len(chosen) == min(beam, len(scores)) == len(set(chosen))
+        assert [scores[place] for place in chosen] == pytest.approx(
+            sorted(scores.values(), reverse=True)[: len(chosen)]
+        )
+        assert found.chosen[level][len(chosen) :] == [-1] * (beam - len(chosen))
+        rows = [(paths[place], scores[place]) for place in chosen]
+        rows += [None] * (beam - len(rows))
+
+
+def test_rows_of_a_request() -> None:
+    assert [beam_of(count) for count in (1, 4, 8, 9, 16, 17, 64, 256)] == [8, 8, 8, 4, 4, 2, 1, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("count", "widths"), [(1, (4, 4, 4, 4, 4)), (3, (4, 2, 1)), (2, (1, 1, 1, 1))])
+def test_what_the_model_says_behind_every_path(
+    drafter: DraftModel, count: int, widths: tuple[int, ...], temperature: float
+) -> None:
+    assert drafter.beams is not None
+    growths = growing(count, SamplingParams(temperature=temperature))
+    for _ in range(2):  # the second draft finds most of the text computed
+        found = drafter.levels(growths, widths, ODDS)
+        assert found is not None
+        for growth, one in zip(growths, found):
+            check(drafter, growth, one, widths, drafter.beams.beam(count))
+        for growth, one in zip(growths, found):
+            growth.request.tokens += [one.tokens[0][0][0], 9]  # one was accepted
+            growth.at, growth.expanded = [-1], []
+
+
+def test_the_deepest_draft_stays_within_its_slots(drafter: DraftModel) -> None:
+    """Neighbours' pages are untouched, and no mask is too short for the last level."""
+    assert drafter.beams is not None
+    growths = growing(2, SamplingParams(temperature=0.0))
+    need = drafter.beams.slots(2, DEEPEST)
+    assert need == 8 * (DEEPEST - 1)
+    growth = Growth(growths[0].request, list(range(1, 1 + BLOCKS)), need)
+    before = [page.clone() for page in (*drafter.pages.keys, *drafter.pages.values)]
+    found = drafter.levels([growth], (4,) * DEEPEST, ODDS)
+    assert found is not None
+    check(drafter, growth, found[0], (4,) * DEEPEST, 8)
+    last = -(-(12 + need) // BLOCK)
+    for page, old in zip((*drafter.pages.keys, *drafter.pages.values), before):
+        assert torch.equal(page[0], old[0])
+        assert torch.equal(page[1 + last :], old[1 + last :])
+
+
+def test_what_it_leaves_to_others(drafter: DraftModel) -> None:
+    """Logits that are adjusted first, more children than there are, and passes that no size holds."""
+    growths = growing(2, SamplingParams(temperature=0.0, frequency_penalty=0.5))
+    assert drafter.levels(growths, (4,), ODDS) is None
+    growths = growing(1, SamplingParams(temperature=0.0))
+    assert drafter.levels(growths, (5,), ODDS) is None
+    long = Request("long", [TOKENS[n % 80] for n in range(100)], 30, SamplingParams(), 1)
+    drafter.graphs = PassGraphs(
+        drafter.model, drafter.pages, Ops({}), drafter.device, BLOCK, pass_sizes_up_to(2, 16), BLOCKS, CHILDREN
+    )
+    assert drafter.levels([Growth(long, list(range(BLOCKS)), 4)], (4,), ODDS) is None
+    assert drafter.behind(long, list(range(BLOCKS))) == 100 - 64  # what was caught up with, and no more
+    drafter.beams = None
+    assert drafter.levels(growths, (4,), ODDS) is None
