@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.out is None:
         raise SystemExit("--out names a folder for the results")
-    options.out = options.out.resolve()
+    options.out = Path(os.path.relpath(options.out, ROOT))  # steps run there, and results name it
+    os.chdir(ROOT)
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     Queue(chosen, options, began).empty()
