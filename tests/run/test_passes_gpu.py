@@ -11,7 +11,7 @@ import torch
 
 from ridgeline import LLM
 from ridgeline.core.errors import KernelRefused
-from ridgeline.core.request import SamplingParams
+from ridgeline.core.request import Request, SamplingParams
 from ridgeline.core.step import Chunk, Sampling, StepPlan, StepRecord, StepResult
 from ridgeline.core.tree import ROOT, Sketch, TokenTree
 from ridgeline.kernels.select import CLASSES_OF_WORK, Table, load_kernels
@@ -20,9 +20,11 @@ from ridgeline.kv.pages import Pages
 from ridgeline.models import build_model, parse_config
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import REGISTRY, Ops
+from ridgeline.run.beams import Beams
 from ridgeline.run.graphs import PassGraphs, pass_sizes_up_to
 from ridgeline.run.places import PassSize
 from ridgeline.run.runner import Runner
+from ridgeline.speculate.draft_model import DraftModel, Growth
 
 pytestmark = pytest.mark.gpu
 BLOCK, BLOCKS = 16, 8
@@ -189,6 +191,47 @@ def test_drafting_is_replayed(made: tuple[Decoder, Pages, Ops]) -> None:
     for mine, its in zip(*found):
         assert torch.equal(mine, its)
     assert ((found[0][2] > 0) & (found[0][2] <= 1)).all()
+
+
+@pytest.mark.parametrize("requests", [1, 3, 18])
+def test_levels_of_a_draft_are_replayed(made: tuple[Decoder, Pages, Ops], requests: int) -> None:
+    """Two drafts one after the other: to the bit what the same levels give op by op."""
+    model, pages, ops = made
+    table = Table((), dict.fromkeys((*CLASSES_OF_WORK, "tree"), ops))
+    odds = [[0.9 - 0.05 * rank - 0.02 * kind for kind in range(4)] for rank in range(4)]
+    told = []
+    for capture in (False, True):
+        mine = deepcopy(pages)
+        drafter = DraftModel(model, mine, table, torch.device("cuda"), BLOCK, 256)
+        drafter.graphs = passes = graphs(model, mine, ops, capture, 4)
+        drafter.beams = Beams(
+            model,
+            mine,
+            ops,
+            torch.device("cuda"),
+            BLOCK,
+            18,
+            BLOCKS,
+            passes.proposed,
+            passes.chances,
+            (1e-4, 2e-4, 1e-3),
+        )
+        if capture:
+            drafter.beams.capture()
+        growths = []
+        for n in range(requests):
+            heat = SamplingParams(temperature=(0.0, 0.8)[n % 2])
+            growths.append(Growth(Request(str(n), list(range(1, 6 + 3 * n)), 3, heat, 11 + n), blocks(n), 40))
+            drafter.caught_up(growths[-1].request, blocks(n))
+        for _ in range(2):
+            found = drafter.levels(growths, (4, 4, 2, 4, 1, 4), odds)
+            assert found is not None
+            told += found
+            for growth, one in zip(growths, found):
+                assert all(0 <= token < 5000 for level in one.tokens for row in level for token in row)
+                assert one.chosen[0][0] >= 0
+                growth.request.tokens += [one.tokens[0][0][1], 9]
+    assert told[: 2 * requests] == told[2 * requests :]
 
 
 def test_rows_that_take_more_than_their_logits_replay_the_first_graph(made: tuple[Decoder, Pages, Ops]) -> None:

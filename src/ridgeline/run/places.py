@@ -258,42 +258,52 @@ class PassStaging:
         True if each of those can be chosen from its logits as they are; of drafts, whose cuts are the target's
         business, if those are not adjusted.
         """
-        fields, block_size = self.fields, self.block_size
-        first = 0
+        fields, size = self.fields, self.block_size
+        ids: list[int] = []
+        positions: list[int] = []
+        parents: list[int] = []
+        slots: list[int] = []
+        starts: list[int] = []
+        tails: list[int] = []
+        masks: list[list[int]] = []
+        nothing = [0] * self.words
         for request, chunk in enumerate(chunks):
-            tokens, start, blocks, tree = chunk.token_ids, chunk.start, chunk.blocks, chunk.tree
-            known, last = first + len(tokens), first + chunk.new
-            fields.ids[first:known] = tokens
-            fields.positions[first:known] = range(start, start + len(tokens))
-            fields.parents[first:last] = -1
-            fields.tree[first:last] = 0
+            tokens, start, blocks, tree, visible = (
+                chunk.token_ids, chunk.start, chunk.blocks, chunk.tree, chunk.visible
+            )  # fmt: skip
+            starts.append(len(ids))
+            ids += tokens
+            known = len(ids)
+            positions += range(start, start + len(tokens))
+            parents += [-1] * len(tokens)
+            masks += [nothing] * len(tokens)
             if tree is not None and len(tree):
-                fields.ids[known:last] = tree.tokens
-                fields.positions[known:last] = tree.positions(start + len(tokens) - 1)
-                fields.parents[known:last] = [known + parent for parent in tree.parents]
-                fields.tree[known:last] = [tree.words(node, self.words) for node in range(len(tree))]
-            fields.tails[request] = last - known
-            fields.lengths[request] = chunk.visible
-            fields.starts[request] = first
-            used = -(-chunk.visible // block_size)
+                ids += tree.tokens
+                positions += tree.positions(start + len(tokens) - 1)
+                parents += [known + parent for parent in tree.parents]
+                masks += [tree.words(node, self.words) for node in range(len(tree))]
+            tails.append(len(ids) - known)
+            slots += [blocks[place // size] * size + place % size for place in range(start, visible)]
+            used = -(-visible // size)
             if self._blocks[request] is not blocks:
                 self._blocks[request], self._written[request] = blocks, 0
             written = self._written[request]
             if written < used:
                 fields.tables[request, written:used] = blocks[written:used]
                 self._written[request] = used
-            places = np.arange(start, chunk.visible)
-            table = fields.tables[request].astype(np.int64)
-            fields.slots[first:last] = table[places // block_size] * block_size + places % block_size
-            first = last
-        self.clear(first, len(chunks))
-        fields.seeds[:first] = fields.next[:first] = 0
-        fields.temperature[:first] = 0
+        rows, requests = len(ids), len(chunks)
+        fields.ids[:rows], fields.positions[:rows], fields.slots[:rows] = ids, positions, slots
+        fields.parents[:rows], fields.tree[:rows] = parents, masks
+        fields.starts[:requests], fields.tails[:requests] = starts, tails
+        fields.lengths[:requests] = [chunk.visible for chunk in chunks]
+        self.clear(rows, requests)
+        seeds, following, temperature = [0] * rows, [0] * rows, [0.0] * rows
         plain = True
         for row, sampling in settings:
-            fields.seeds[row], fields.next[row] = sampling.seed, sampling.position
-            fields.temperature[row] = sampling.params.temperature
+            seeds[row], following[row] = sampling.seed, sampling.position
+            temperature[row] = sampling.params.temperature
             plain = plain and not (adjusts(sampling) if drafts else needs_more(sampling))
+        fields.seeds[:rows], fields.next[:rows], fields.temperature[:rows] = seeds, following, temperature
         return plain
 
 
