@@ -28,7 +28,7 @@ from ridgeline.kernels.cuda.decode import attention_decode
 from ridgeline.ops.attention_call import Call
 from ridgeline.study.attention import peers
 from ridgeline.study.attention.cases import DECODE_BATCHES, DECODE_CONTEXTS, Case
-from ridgeline.study.timing import Stretch, Works, alternate, on_cuda
+from ridgeline.study.timing import GraphPool, Stretch, Works, alternate, on_cuda
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 64
 PAGE_BYTES = 2 * KV_HEADS * PAGE * HEAD_DIM * 2  # of keys and values
@@ -112,7 +112,7 @@ def cell(
             sides[name] = peer.prepare(case, copies)
         except Exception as error:  # a peer that cannot is named, and the others go on
             record.note(f"{batch} x {context}: {name} refuses: {error}")
-    graphs = torch.cuda.graph_pool_handle()
+    graphs = GraphPool(torch.device("cuda"))
     for graph in (True, False):
         arms: dict[str, Stretch] = {}
         for name, works in list(sides.items()):

@@ -16,7 +16,7 @@ from benchmarks.record import Record
 from ridgeline.core.step import Spans
 from ridgeline.models import parse_config
 from ridgeline.ops import Ops
-from ridgeline.perf.machine_card import MachineCard, read_card
+from ridgeline.perf.machine_card import MachineCard, Point, read_card
 from ridgeline.study.calibrate_machine import CUDA
 from ridgeline.study.plan import Planner
 
@@ -48,6 +48,9 @@ def test_what_was_said_before_is_what_is_judged(first: tuple[Path, dict[str, Any
     for one in cells:
         assert one["error"] == pytest.approx(one["predicted_s"] / one["measured_s"] - 1)
         assert one["floor_s"] > 0
+        assert one["measured_floor_s"] > 0
+        if "qwen3-0.6b" in one["cell"]:
+            assert one["measured_floor_s"] == one["floor_s"]
     assert set(found["summary"]["all"]["error"]) == {"cells", "median", "p90", "most", "bias"}
     assert found["summary"]["all"]["simple_rule_error"]["cells"] == len(cells)
     lines = [one["line"] for one in found["targets"]]
@@ -83,7 +86,9 @@ def test_points_on_the_grid_are_found(first: tuple[Path, dict[str, Any]]) -> Non
     assert gpu_accuracy.overlaps(card, held) == []
     sizes = held.planner.spec
     plane = card.decode[0]
-    same = type(plane)((float(sizes.heads), float(sizes.kv_heads), float(sizes.head_dim)), (1.0,), (32.0,), ((1.0,),))
+    same = type(plane)(
+        (float(sizes.heads), float(sizes.kv_heads), float(sizes.head_dim)), (1.0,), (32.0,), ((Point(1.0, 1.0, 1.0),),)
+    )
     changed = MachineCard(**{**vars(card), "decode": (same,)})
     assert gpu_accuracy.overlaps(changed, held) == [("attention", same.sizes, 1.0, 32.0)]
 

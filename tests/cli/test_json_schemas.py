@@ -99,14 +99,20 @@ CARD = thing(
     host_request_s=NUMBER, loop_step_s=NUMBER, loop_request_s=NUMBER, residual=NUMBER, dispatch_s=NUMBER,
     versions=table(TEXT), clocks=thing(spread=NUMBER, slowed=TEXT, before={"type": "object"}, after={"type": "object"}),
 )  # fmt: skip
-PLANE = thing(sizes=many(NUMBER), rows=many(NUMBER), columns=many(NUMBER), slowdown=many(many(POSITIVE)))
+POINT = thing(flops=NUMBER, bytes=NUMBER, seconds=POSITIVE)
+PLANE = thing(
+    sizes=many(NUMBER), rows=many(NUMBER), columns=many(NUMBER), points=many(many(POINT)), squares=FLAG
+)  # fmt: skip
 MACHINE = thing(
     card_file=TEXT, card={"const": "machine"}, sha256=TEXT, version=INTEGER, device=TEXT, dtype=TEXT, made=TEXT,
     read_bytes_per_s=POSITIVE, matrix_flops=POSITIVE, reads=many(many(POSITIVE)),
-    ops=table(many(thing(sizes=many(NUMBER), slowdown=many(many(POSITIVE))))), decode=many(PLANE), prefill=many(PLANE),
-    decode_scale=NUMBER, prefill_scale=NUMBER, step_s=NUMBER, request_s=NUMBER, start_s=NUMBER, call_s=NUMBER,
+    ops=table(many(thing(sizes=many(NUMBER), points=many(many({"anyOf": [POSITIVE, POINT]}))))),
+    decode=many(PLANE), prefill=many(PLANE), decode_scale=NUMBER, attention_scale=NUMBER, mixture_scale=NUMBER,
+    prefill_scale=NUMBER, step_s=NUMBER,
+    request_s=NUMBER, gap_s=NUMBER, start_s=NUMBER, call_s=NUMBER,
     host_step_s=NUMBER, host_request_s=NUMBER, loop_step_s=NUMBER, loop_request_s=NUMBER, most_tokens=INTEGER,
-    most_requests=INTEGER, longest=INTEGER, residual=NUMBER, versions=table(TEXT), clocks={"type": "object"},
+    most_requests=INTEGER, longest=INTEGER, residual=NUMBER, doubt=TEXT, steps=many({"type": "object"}),
+    versions=table(TEXT), clocks={"type": "object"},
 )  # fmt: skip
 SIMULATED = thing(model=TEXT, hardware=TEXT, dtype=TEXT, steps=TEXT, **REPORT)
 EXPLAINED = thing(

@@ -16,7 +16,19 @@ from ridgeline.core.step import Spans
 from ridgeline.models import build_model, parse_config
 from ridgeline.ops import REGISTRY, Weight
 from ridgeline.perf.card import Card
-from ridgeline.perf.machine_card import Curve, MachineCard, Plane, between, card_of, nearest, read_card
+from ridgeline.perf.machine_card import (
+    Curve,
+    Known,
+    MachineCard,
+    Plane,
+    Point,
+    between,
+    card_of,
+    nearest,
+    read_between,
+    read_card,
+    trend,
+)
 from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
 
@@ -42,9 +54,14 @@ OPS = {
 }
 
 
+def _point(times: float, floor_s: float = 1e-6) -> Point:
+    """A call of so many times its floor under the rates of `machine`."""
+    return Point(0.0, floor_s * 1e9, times * floor_s)
+
+
 def machine(times: float = 2.0, **changed: Any) -> MachineCard:
     """A device on which every op takes so many times its floor."""
-    flat = ((times, times), (times, times))
+    flat = ((_point(times),) * 2,) * 2
     made = MachineCard(
         device="a device",
         dtype="float32",
@@ -52,7 +69,7 @@ def machine(times: float = 2.0, **changed: Any) -> MachineCard:
         read_bytes_per_s=1e9,
         matrix_flops=1e10,
         reads=((1024.0, 2e9), (4096.0, 1e9)),
-        ops={name: (Curve(sizes, ((1.0, times), (64.0, times))),) for name, sizes in OPS.items()},
+        ops={name: (Curve(sizes, ((1.0, _point(times)), (64.0, _point(times)))),) for name, sizes in OPS.items()},
         decode=(Plane(HEADS, (1.0, 8.0), (16.0, 128.0), flat),),
         prefill=(Plane(HEADS, (8.0, 64.0), (1.0, 4.0), flat),),
         most_tokens=64,
@@ -99,29 +116,99 @@ def test_other_rates_change_what_they_bound(price: Price) -> None:
 
 
 def test_what_lies_around_ops(price: Price) -> None:
-    card = machine(step_s=1.0, request_s=0.1, start_s=5.0, call_s=0.5, decode_scale=1.0, host_step_s=0.2)
+    card = machine(step_s=0.4, gap_s=0.01, request_s=0.1, start_s=5.0, call_s=0.5, decode_scale=1.0, host_step_s=0.2)
     found, bare = card.card(price, "small"), machine().card(price, "small")
     decode, prompt = Spans((1, 1), (16, 16)), Spans((8,), (8,))
-    assert found.device_s(decode, 2) - bare.device_s(decode, 2) == pytest.approx(1.2)
     calls = len(price.meter(Spans((1,), (1,)), 1).calls)
+    assert found.device_s(decode, 2) - bare.device_s(decode, 2) == pytest.approx(0.4 + 0.01 * calls + 0.2)
     assert found.dispatch_s == pytest.approx(5 + 0.5 * calls)
     assert found.device_s(prompt, 1) == pytest.approx(found.dispatch_s)  # handed over op by op
     assert found.host_s(decode) == pytest.approx(0.2)
 
 
 def test_between_points_and_sizes() -> None:
-    points = ((1.0, 8.0), (4.0, 2.0))
-    assert [between(points, one) for one in (0.5, 1, 2, 4, 9)] == pytest.approx([8, 8, 4, 2, 2])
+    points = ((1.0, (8.0, 1.0)), (4.0, (2.0, 4.0)))
+    assert [between(points, one)[0] for one in (0.5, 1, 2, 4, 9)] == pytest.approx([8, 8, 6, 2, 2])
+    assert between(points, 3)[1] == pytest.approx(3)
     known = [((10.0, 10.0), 2.0), ((1000.0, 1000.0), 8.0)]
     assert nearest(known, (10.0, 10.0)) == 2.0
     assert nearest(known, (100.0, 100.0)) == pytest.approx(4.0)
     assert 2.0 < nearest(known, (20.0, 20.0)) < 4.0
 
 
+def launched(sizes: tuple[float, float]) -> Known:
+    """An op that starts in 3 µs and then takes 1.1 times its floor, which is the product of its sizes."""
+    floor_s = sizes[0] * sizes[1] * 1e-12
+    return Known(sizes, floor_s, 3e-6 + 1.1 * floor_s)
+
+
+def test_a_start_and_a_multiple_are_told_apart() -> None:
+    """Floors of half a nanosecond beside one of 20 µs: slowdowns of thousands, and the time between is exact."""
+    known = [launched(sizes) for sizes in ((16.0, 32.0), (512.0, 1024.0), (3000.0, 7000.0))]
+    line = trend(known, [1.0, 2.0, 3.0])
+    assert (line.start_s, line.times) == pytest.approx((3e-6, 1.1))
+    for sizes in ((20.0, 20.0), (2000.0, 1500.0), (8000.0, 8000.0)):
+        wanted = launched(sizes)
+        assert read_between(known, sizes, wanted.floor_s) == pytest.approx(wanted.seconds)
+    slowdowns = [(one.sizes, one.seconds / one.floor_s) for one in known]
+    wanted = launched((2000.0, 1500.0))
+    assert wanted.floor_s * nearest(slowdowns, wanted.sizes) > 1.25 * wanted.seconds  # what a mean of those would say
+
+
+def test_trends_have_no_negative_part() -> None:
+    falling = [Known((1.0,), 1e-6, 5e-6), Known((2.0,), 2e-6, 4e-6)]
+    assert trend(falling, [1.0, 1.0]).times == 0
+    steep = [Known((1.0,), 1e-6, 1e-6), Known((2.0,), 2e-6, 9e-6)]
+    assert trend(steep, [1.0, 1.0]).start_s == 0
+    alone = trend(steep[1:], [1.0])
+    assert (alone.start_s, alone.times) == pytest.approx((0.0, 4.5))
+
+
+def test_starts_do_not_follow_the_rates() -> None:
+    """Of two sizes, one is all start and one all traffic: memory of twice the rate halves the second alone."""
+    curves = tuple(
+        Curve(
+            (size,),
+            ((1.0, Point(0.0, floor_s * 1e9, 2e-6 + floor_s)), (64.0, Point(0.0, floor_s * 1e9, 2e-6 + floor_s))),
+        )
+        for size, floor_s in ((8.0, 1e-9), (64.0, 1e-3))
+    )
+    found = machine(ops={"norm": curves}).at(2e9, 1e10).ops["norm"]
+    assert [one.points[0][1].seconds for one in found] == pytest.approx([2e-6, 0.5e-3], rel=0.01)
+
+
+def test_between_contexts_and_batches_what_is_linear_is_exact() -> None:
+    """Attention that takes a start and its traffic, known at four far corners."""
+    rows, columns = (1.0, 64.0), (16.0, 4096.0)
+
+    def point(row: float, column: float) -> Point:
+        return Point(0.0, row * column, 5e-6 + 2e-9 * row * column)
+
+    plane = Plane(HEADS, rows, columns, tuple(tuple(point(row, column) for column in columns) for row in rows))
+    known = plane.at(8.0, 1024.0, Roofline(1e10, 1e10, 1e9))
+    assert (known.floor_s, known.seconds) == pytest.approx((8192e-9, 5e-6 + 2e-9 * 8192))
+
+
+def test_no_scale_takes_a_prediction_below_its_floor(price: Price) -> None:
+    card = machine(2.0, decode_scale=0.05, attention_scale=0.05, prefill_scale=0.05)
+    for spans, rows in ((Spans((1,) * 4, (64,) * 4), 4), (Spans((32,), (32,)), 1)):
+        floor = sum(card.fastest.seconds(cost) for _, cost in price.meter(spans, rows).calls)
+        assert card.card(price, "small").device_s(spans, rows) >= 0.999 * floor
+
+
+def test_ops_attention_and_the_rest_have_scales_of_their_own(price: Price) -> None:
+    spans = Spans((1,) * 4, (64,) * 4)
+    mixtures_s, attention_s, other_s = machine().parts(price, spans)
+    assert mixtures_s == 0
+    assert machine().card(price, "small").device_s(spans, 4) == pytest.approx(attention_s + other_s, rel=1e-6)
+    scaled = machine(attention_scale=1.5, decode_scale=0.8, mixture_scale=9.0).card(price, "small")
+    assert scaled.device_s(spans, 4) == pytest.approx(1.5 * attention_s + 0.8 * other_s, rel=1e-6)
+
+
 def test_windows_see_no_more_than_they_may() -> None:
     values = {**SHAPE, "architectures": ["MistralForCausalLM"], "sliding_window": 32}
     price = Price(build_model(parse_config(values), torch.device("meta"), torch.float32, 256), 64, torch.float32)
-    steep = Plane(HEADS, (1.0, 8.0), (16.0, 128.0), ((1.0, 100.0), (1.0, 100.0)))
+    steep = Plane(HEADS, (1.0, 8.0), (16.0, 128.0), ((_point(1.0), _point(100.0)),) * 2)
     card = machine(decode=(steep,))
     near, far = (card.attention_s(price, Spans((1,), (length,))) for length in (40, 200))
     assert near == far

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +19,23 @@ from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 from ridgeline.models import build_model, parse_config
 from ridgeline.models.spec import read_config
+from ridgeline.ops import REGISTRY
 from ridgeline.perf.machine_card import MachineCard, read_card
 from ridgeline.perf.price import Price
 from ridgeline.study import calibrate, calibrate_machine
 from ridgeline.study.calibrate import BusyMachine
-from ridgeline.study.calibrate_machine import CPU, CUDA, Made, Points, _llama, _mixture
-from ridgeline.study.timing import slowed
+from ridgeline.study.calibrate_machine import (
+    CPU,
+    CUDA,
+    Made,
+    Points,
+    PoorFit,
+    _llama,
+    _mixture,
+    bounded,
+    routed_cost,
+)
+from ridgeline.study.timing import Stretch, Works, slowed
 
 TINY = replace(
     CPU,
@@ -56,12 +71,17 @@ def test_a_whole_card(card: MachineCard, tiny: Path) -> None:
     assert set(card.ops) >= {"linear", "gated_linear", "moe", "norm", "rope_kv_write", "embed", "sample"}
     for curves in card.ops.values():
         for curve in curves:
-            assert all(times > 0 for _, times in curve.slowdown)
-            assert [tokens for tokens, _ in curve.slowdown] == sorted(tokens for tokens, _ in curve.slowdown)
+            assert all(one.seconds > 0 for _, one in curve.points)
+            assert [tokens for tokens, _ in curve.points] == sorted(tokens for tokens, _ in curve.points)
     assert {one.sizes for one in card.decode} == {(2.0, 1.0, 16.0), (4.0, 2.0, 16.0)}
     assert card.prefill[0].columns == (1.0, 2.0)
     assert (card.start_s, card.call_s) == (0.0, 0.0)  # a CPU has computed a step when it is handed over
     assert card.residual >= 0
+    assert len(card.steps) == 2 * 7
+    least, most = calibrate_machine.DECODE_SCALE
+    assert all(least <= one <= most for one in (card.decode_scale, card.attention_scale, card.mixture_scale))
+    for one in card.steps:
+        assert (one["mixtures_s"] > 0) == (one["model"] == "experts")
     assert card.versions["torch"]
     assert set(card.clocks["seconds"]) == {"dense", "experts"}
     spec = parse_config(read_config(tiny), "tiny")
@@ -96,6 +116,79 @@ def test_a_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         calibrate_machine.calibrate_machine(
             torch.device("cpu"), replace(TINY, models=TINY.models[:1]), kernels="reference"
         )
+
+
+def test_a_fit_keeps_within_its_bounds() -> None:
+    draw = random.Random(0)
+    rows = [(1.0, float(draw.randrange(1, 300)), draw.uniform(1e-3, 2e-2)) for _ in range(40)]
+    bounds = ((0.0, None), (0.0, None), (0.8, 1.25))
+    truth = [2e-4, 3e-6, 1.1]
+    measured = [sum(w * one for w, one in zip(truth, row)) for row in rows]
+    assert bounded(rows, measured, bounds) == pytest.approx(truth)
+    hidden = [5e-3 + 0.05 * row[2] for row in rows]  # sums that say nothing: a free scale would hide it
+    assert bounded(rows, hidden, bounds)[2] == 0.8
+    unseen = [(*row, 1e-9) for row in rows]  # nothing depends on it
+    assert bounded(unseen, measured, (*bounds, (0.8, 1.25)), near=(3,)) == pytest.approx([*truth, 1.0], rel=1e-3)
+
+
+def test_ops_that_do_not_add_up_are_told(card: MachineCard) -> None:
+    shape = calibrate_machine.Shape(((1, 30),))
+    step = calibrate_machine._Step("dense", shape, 4e-3, 0.0, 10)
+    least, _ = calibrate_machine.DECODE_SCALE
+    good = replace(card, decode_scale=1.0, attention_scale=1.0, mixture_scale=1.0, residual=0.05)
+    assert calibrate_machine._doubt(good, 1.0, step, 4e-3) == ""
+    low = replace(good, attention_scale=least)
+    assert f"attention of decoding take {least:.2f} times" in calibrate_machine._doubt(low, 1.0, step, 4e-3)
+    said = calibrate_machine._doubt(replace(good, residual=0.99), 1.0, step, 1e-3)
+    assert "off by 99%, at worst 1 x (1 new of 30) of dense: 4.000 ms measured, 1.000 predicted" in said
+
+
+def test_ops_that_do_not_add_up_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "BUSY", math.inf)
+    monkeypatch.setattr(calibrate_machine, "POOR", -1.0)
+    with pytest.raises(PoorFit, match="ops do not add up to steps"):
+        calibrate_machine.calibrate_machine(
+            torch.device("cpu"), replace(TINY, models=TINY.models[:1]), kernels="reference"
+        )
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_what_no_graph_holds_is_told_or_raised(decodes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of decoding it is an error: what a launch takes is not what the op takes in the engine's graphs."""
+
+    def refusing(works: Works, calls: int, graph: bool, pool: Any = None) -> Stretch:
+        if graph:
+            raise RuntimeError("use_count > 0\nINTERNAL ASSERT FAILED")
+        return Stretch(lambda: 4e-5, 10, False)
+
+    monkeypatch.setattr(calibrate_machine, "on_cuda", refusing)
+    monkeypatch.setattr(calibrate_machine, "GraphPool", lambda device: "a new pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    rows: Any = object.__new__(calibrate_machine._Rows)
+    rows.device, rows.pool, rows.found = torch.device("cuda"), "a pool", calibrate_machine._Found()
+    rows.points, rows.bench = TINY, SimpleNamespace(built=SimpleNamespace(runner=SimpleNamespace(graphs=object())))
+    works = Works([lambda: None])
+    if decodes:
+        with pytest.raises(RuntimeError, match="use_count"):
+            rows.seconds("norm", works, 1e-9, decodes)
+        assert rows.found.eager == {}
+    else:
+        assert rows.seconds("norm", works, 1e-9, decodes) == 4e-5
+        assert rows.found.eager == {"norm": "use_count > 0 INTERNAL ASSERT FAILED"}
+        assert rows.pool == "a new pool"
+
+
+def test_mixtures_are_counted_by_the_experts_that_are_touched() -> None:
+    """All tokens alike go to the same two experts of eight."""
+    moe, draw = REGISTRY["moe"], torch.Generator().manual_seed(0)
+    x = torch.randn(1, 16, generator=draw).expand(5, 16).contiguous()
+    weights = [torch.randn(*shape, generator=draw) for shape in ((8, 16), (8, 24, 16), (8, 16, 12))]
+    arguments = (x, *weights, 2, True)
+    said, found = moe.floor(*arguments), routed_cost(moe, arguments, {})
+    expert_bytes = 4 * (24 * 16 + 16 * 12)
+    assert found.read_bytes == pytest.approx(x.nbytes + weights[0].nbytes + 2 * expert_bytes)
+    assert found.read_bytes < said.read_bytes
+    assert (found.flops, found.write_bytes) == (said.flops, said.write_bytes)
 
 
 def test_throttled_clocks_are_told() -> None:

@@ -52,6 +52,10 @@ def test_a_stretch_on_the_host_goes_through_the_copies_within_the_context() -> N
     assert seen[1:-1] == [number % 2 for number in range(stretch.calls)]
 
 
+def test_graphs_are_replayed_until_a_stretch_is_long_enough() -> None:
+    assert [timing.replays(once_s) for once_s in (5e-5, 6e-4, 1e-3, 0.02)] == [20, 2, 1, 1]
+
+
 def test_stretches_are_long_enough_and_not_too_long() -> None:
     assert timing._calls(1e-5, 1, 1e-3, 0.06) == 100
     assert timing._calls(1e-5, 640, 1e-3, 0.06) == 640
@@ -72,3 +76,15 @@ def test_graphs_and_loops_time_the_same_work() -> None:
     taken = alternate({"graph": graph, "loop": loop}, 5)
     assert 0.5 < interval(taken["graph"]).median / interval(taken["loop"]).median < 1.5
     assert timing.clocks(torch.device("cuda"))["clocks.sm"].endswith("MHz")
+
+
+@pytest.mark.gpu
+def test_a_pool_outlives_its_graphs() -> None:
+    """Products take a workspace while they are captured, which stays; each graph is gone before the next."""
+    device = torch.device("cuda")
+    x, pool = torch.randn(512, 512, device=device, dtype=torch.bfloat16), timing.GraphPool(device)
+    for _ in range(4):
+        stretch = timing.on_cuda(Works([lambda: x @ x]), 20, True, pool)
+        assert stretch.graph
+        assert stretch.run() * stretch.calls >= 0.5 * timing.LEAST_S
+        del stretch

@@ -101,18 +101,28 @@ def machine_table(card: MachineCard, output: Path) -> Table:
     table.add_row("reading, kept up", f"{card.read_bytes_per_s / 1e9:,.1f} GB/s")
     table.add_row("a matrix product, kept up", f"{card.matrix_flops / 1e12:,.3g} TFLOP/s")
     for name in ("linear", "gated_linear", "moe"):
-        shares = [1 / times for curve in card.ops.get(name, ()) for _, times in curve.slowdown]
+        shares = [one.floor_s(card.roofline) / one.seconds for of in card.ops.get(name, ()) for _, one in of.points]
         if shares:
             table.add_row(f"{name}, share of its limit", f"{min(shares):.0%} to {max(shares):.0%}")
     for name, planes in (("decode attention", card.decode), ("prompt attention", card.prefill)):
-        shares = [1 / times for plane in planes for line in plane.slowdown for times in line]
+        shares = [one.floor_s(card.roofline) / one.seconds for of in planes for line in of.points for one in line]
         table.add_row(f"{name}, share of its limit", f"{min(shares):.0%} to {max(shares):.0%}")
-    table.add_row("around the ops, a step and a request", f"{card.step_s * 1e6:.0f} and {card.request_s * 1e6:.1f} µs")
+    table.add_row(
+        "around the ops, a step, a request and a call",
+        f"{card.step_s * 1e6:.0f}, {card.request_s * 1e6:.1f} and {card.gap_s * 1e6:.2f} µs",
+    )
+    table.add_row(
+        "ops in a step over ops in a row",
+        f"{card.decode_scale:.2f}, attention {card.attention_scale:.2f}, mixtures {card.mixture_scale:.2f}, "
+        f"in prompts {card.prefill_scale:.2f}",
+    )
     if card.call_s:
         table.add_row("handing over, a step and an op", f"{card.start_s * 1e6:.0f} and {card.call_s * 1e6:.1f} µs")
     table.add_row(
         "on the host, a step and a request", f"{card.host_step_s * 1e6:.0f} and {card.host_request_s * 1e6:.1f} µs"
     )
     table.add_row("error of steps left out of the fit, 95 %", f"{card.residual:.1%}")
+    if card.doubt:
+        table.add_row("doubt", card.doubt)
     table.add_row("card", f"{output} (sha256 {card.sha256[:12]})")
     return table

@@ -26,6 +26,17 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, renormalize: bool) 
     return weights, experts
 
 
+def uniform_experts(count: int, top_k: int, tokens: int) -> float:
+    """Distinct experts of `count` that so many tokens touch in the mean, if every one is as likely."""
+    return count * (1 - (1 - top_k / count) ** tokens)
+
+
+def distinct_experts(x: torch.Tensor, router: torch.Tensor, _gate_up: Any, _down: Any, top_k: int, *_rest: Any) -> int:
+    """Experts that the tokens of a call of `moe` (its arguments) really go to. Waits for the device."""
+    experts = route(x, router, top_k, False)[1]
+    return int(experts.unique().numel())
+
+
 @op("contraction", float32=Tolerance(1e-4, 1e-5), bfloat16=Tolerance(3e-2, 3e-2), float16=Tolerance(8e-3, 8e-3))
 def moe(
     x: torch.Tensor,
@@ -63,11 +74,12 @@ def _(
 ) -> Cost:
     """FLOPs of the products alone, as for `linear`.
 
-    Weights are read of the expected number of distinct experts, E (1 - (1 - k / E)^T).
+    Weights are read of the experts that a uniform router touches in the mean (`uniform_experts`): tokens are not known
+    here. A router that favours some reads fewer, so of all this alone is no lower bound of a single step.
     """
     tokens, hidden = x.shape
     count, inner = gate_up.shape[0], gate_up.shape[1] // 2
-    active = count * (1 - (1 - top_k / count) ** tokens)
+    active = uniform_experts(count, top_k, tokens)
     expert_bytes = nbytes(gate_up, down) / count
     return Cost(
         flops=2 * tokens * hidden * count + 6 * tokens * top_k * hidden * inner,

@@ -1,12 +1,15 @@
-"""A machine's card: how many times its floor each op takes on one device, by shape, whatever the model.
+"""A machine's card: how long each op takes on one device, by shape, whatever the model.
 
 Knows ops by name, the rates that were measured on the device, and how to read between shapes. It must not know how
 anything was measured (study/calibrate_machine.py). Of any model's forward pass on meta tensors it makes a Card, which
 plan, simulate and explain predict by; that model need not have run here, nor exist.
 
-An op's time is its floor under the measured rates, times what stands on the card for its number of tokens and for the
-sizes nearest to its own. So a card follows when the same kind of device turns out faster or slower (`at`): all that is
-measured again then is one rate of reading and one of arithmetic.
+Between tokens, seconds are read straight on; between sizes, as a start plus a multiple of the floor under the measured
+rates (`Trend`), both of which fit the known sizes, times what the nearest sizes are off that. So launches stay
+launches: a table of multiples of the floor would have thousands where the floor is nanoseconds, of which no mean means
+anything.
+And a card follows when the same kind of device turns out faster or slower (`at`): all that is measured again then is
+one rate of reading and one of arithmetic, and starts stay what they were.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ridgeline.core.cost import Cost
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 from ridgeline.ops import Op, Ops
@@ -28,9 +32,11 @@ from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
 
 MACHINE = "machine"
-VERSION = 1
+VERSION = 2
 NEAREST = 3.0
 """Known sizes count by one over their distance (of logarithms) to this power."""
+FAR = 0.5
+"""Known sizes count for a trend by one over this plus the square of their distance."""
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
 CONTEXTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 """Where a model's Card has its points."""
@@ -39,31 +45,62 @@ Sizes = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """An op at some sizes: (tokens, times its floor), in rising order."""
+class Point:
+    """What one call took, and the floor that it is compared with."""
+
+    flops: float
+    bytes: float
+    seconds: float
+
+    def floor_s(self, roofline: Roofline) -> float:
+        return max(self.flops / roofline.matrix_flops, self.bytes / roofline.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Sizes, and at some place of interest the seconds that a floor of so many takes there."""
 
     sizes: Sizes
-    slowdown: tuple[tuple[float, float], ...]
+    floor_s: float
+    seconds: float
 
-    def __call__(self, tokens: float) -> float:
-        return between(self.slowdown, tokens)
+
+@dataclass(frozen=True)
+class Curve:
+    """An op at some sizes: (tokens, what a call took), in rising order."""
+
+    sizes: Sizes
+    points: tuple[tuple[float, Point], ...]
+
+    def at(self, tokens: float, roofline: Roofline) -> Known:
+        along = [(place, (one.floor_s(roofline), one.seconds)) for place, one in self.points]
+        return Known(self.sizes, *between(along, tokens))
 
 
 @dataclass(frozen=True)
 class Plane:
-    """Attention at some sizes: slowdown[i][j] at rows[i] and columns[j].
+    """Attention at some sizes: points[i][j] at rows[i] and columns[j].
 
-    Decoding: requests, and their mean context. A prompt: new tokens, and the keys of the last of them over these.
+    Decoding: requests, and their mean context. A prompt: new tokens, and the keys of the last of them over these; along
+    the tokens its work grows with their square (`squares`).
     """
 
     sizes: Sizes
     rows: tuple[float, ...]
     columns: tuple[float, ...]
-    slowdown: tuple[tuple[float, ...], ...]
+    points: tuple[tuple[Point, ...], ...]
+    squares: bool = False
 
-    def __call__(self, row: float, column: float) -> float:
-        along = [between(tuple(zip(self.columns, line)), column) for line in self.slowdown]
-        return between(tuple(zip(self.rows, along)), row)
+    def at(self, row: float, column: float, roofline: Roofline) -> Known:
+        power = 2 if self.squares else 1
+        along = [
+            (
+                place**power,
+                between([(at, (one.floor_s(roofline), one.seconds)) for at, one in zip(self.columns, line)], column),
+            )
+            for place, line in zip(self.rows, self.points)
+        ]
+        return Known(self.sizes, *between(along, row**power))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +108,12 @@ class MachineCard:
     """What a device makes of ops in one dtype.
 
     read_bytes_per_s, matrix_flops: sustained rates that floors are counted by. reads: (bytes, bytes/s), read rate by
-    working set. ops: by name. decode, prefill: attention. decode_scale, prefill_scale: what ops take in steps as the
-    engine runs them, as a share of their times in a row of their like. step_s, request_s: around ops, on the device.
-    start_s, call_s: of the host, to hand a step to the device op by op. most_tokens, most_requests, longest: how far
-    the points go. residual: as on a Card.
+    working set. ops: by name. decode, prefill: attention. mixture_scale, attention_scale, decode_scale (all other ops):
+    what ops take in decode steps as the engine runs them, as a share of their times in a row of their like;
+    prefill_scale: the same of all ops in prompts. step_s, request_s, gap_s: around ops, on the device: of a step, of a
+    request, and between two calls. start_s, call_s: of the host, to hand a step to the device op by op. most_tokens,
+    most_requests, longest: how far the points go. residual: as on a Card. steps: of the made-up models, as measured and
+    as the card has them. doubt: why not to trust it, if anything.
     """
 
     device: str
@@ -87,9 +126,12 @@ class MachineCard:
     decode: tuple[Plane, ...]
     prefill: tuple[Plane, ...]
     decode_scale: float = 1.0
+    attention_scale: float = 1.0
+    mixture_scale: float = 1.0
     prefill_scale: float = 1.0
     step_s: float = 0.0
     request_s: float = 0.0
+    gap_s: float = 0.0
     start_s: float = 0.0
     call_s: float = 0.0
     host_step_s: float = 0.0
@@ -100,6 +142,8 @@ class MachineCard:
     most_requests: int
     longest: int
     residual: float = 0.0
+    doubt: str = ""
+    steps: tuple[Mapping[str, Any], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     clocks: Mapping[str, Any] = field(default_factory=dict)
 
@@ -107,9 +151,27 @@ class MachineCard:
     def roofline(self) -> Roofline:
         return Roofline(self.matrix_flops, self.matrix_flops, self.read_bytes_per_s)
 
+    @property
+    def fastest(self) -> Roofline:
+        """Roofs that nothing beats here: caches may be read faster than memory."""
+        rate = max([self.read_bytes_per_s, *(rate for _, rate in self.reads)])
+        return Roofline(self.matrix_flops, self.matrix_flops, rate)
+
     def at(self, read_bytes_per_s: float, matrix_flops: float) -> MachineCard:
-        """The card of a device of the same kind with these rates."""
-        return replace(self, read_bytes_per_s=read_bytes_per_s, matrix_flops=matrix_flops)
+        """The card of a device of the same kind with these rates: what is above an op's start follows them."""
+        rates = Roofline(matrix_flops, matrix_flops, read_bytes_per_s)
+        curves = {name: _moved(of, self.roofline, rates) for name, of in self.ops.items()}
+        planes = [tuple(_moved_planes(of, self.roofline, rates)) for of in (self.decode, self.prefill)]
+        read = read_bytes_per_s / self.read_bytes_per_s
+        return replace(
+            self,
+            read_bytes_per_s=read_bytes_per_s,
+            matrix_flops=matrix_flops,
+            reads=tuple((size, rate * read) for size, rate in self.reads),
+            ops=curves,
+            decode=planes[0],
+            prefill=planes[1],
+        )
 
     def op_s(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Seconds of a call of any op but attention. InvalidArgument for an op that was not measured."""
@@ -121,7 +183,7 @@ class MachineCard:
                 "card", f"says nothing of the op {op.name}, only of {', '.join(self.ops)}; calibrate the model itself"
             )
         floor_s = self.roofline.seconds(op.floor(*args, **kwargs))
-        return floor_s * nearest([(one.sizes, one(tokens)) for one in self.ops[op.name]], sizes)
+        return read_between([one.at(tokens, self.roofline) for one in self.ops[op.name]], sizes, floor_s)
 
     def attention_s(self, price: Price, spans: Spans) -> float:
         """Seconds of all attention calls of a step, whose requests are alike."""
@@ -134,15 +196,15 @@ class MachineCard:
             row, column, planes = (
                 (len(spans.new), seen, self.decode) if new == 1 else (new, max(seen / new, 1.0), self.prefill)
             )
-            seconds += (
-                times * roofline.seconds(cost) * nearest([(one.sizes, one(row, column)) for one in planes], sizes)
-            )
+            known = [one.at(row, column, roofline) for one in planes]
+            seconds += times * read_between(known, sizes, roofline.seconds(cost))
         return seconds
 
     def card(self, price: Price, model: str, longest: int | None = None) -> Card:
         """The Card of a model, from its forward pass alone. longest: sequence; as far as both reach, if left out.
 
-        InvalidArgument if an op of the model was not measured.
+        InvalidArgument if an op of the model was not measured. Whatever the scales, no part takes less than its floor
+        under the fastest rates that were seen here.
         """
         most = min(longest or price.model.spec.max_positions, self.longest)
         tokens = [one for one in TOKENS if one < self.most_tokens] + [self.most_tokens]
@@ -150,27 +212,32 @@ class MachineCard:
         contexts = [one for one in CONTEXTS if one < most] + [most]
         chunks = [one for one in tokens if 8 <= one <= most] or [min(8, most)]
         befores = [0, *(one for one in contexts if one < most)]
-        scales = [self.decode_scale if one <= self.most_requests else self.prefill_scale for one in tokens]
-        bodies = [self._dense(price, one, 0)[0] for one in tokens]
-        heads = [self._dense(price, one, one)[0] - self._dense(price, one, 0)[0] for one in requests]
+        bodies = [self._dense(price, one, 0) for one in tokens]
+        heads = [(self._dense(price, one, 0), self._dense(price, one, one)) for one in requests]
+        calls = self._dense(price, 1, 1).calls
 
         def decode(count: int, context: int) -> float:
-            return self.decode_scale * self.attention_s(price, Spans((1,) * count, (context,) * count))
+            return self._attention(price, Spans((1,) * count, (context,) * count), self.attention_scale)
 
         def prefill(new: int, before: int) -> float:
-            return self.prefill_scale * self.attention_s(price, Spans((new,), (new + before,)))
+            return self._attention(price, Spans((new,), (new + before,)), self.prefill_scale)
 
         return Card(
             device=self.device,
             model=model,
             dtype=self.dtype,
             made=self.made,
-            body=Line(tuple((float(one), scale * body) for one, scale, body in zip(tokens, scales, bodies))),
-            head=Line(tuple((float(one), self.decode_scale * head) for one, head in zip(requests, heads))),
+            body=Line(tuple((float(one), max(self._scaled(of, one), of.floor_s)) for one, of in zip(tokens, bodies))),
+            head=Line(
+                tuple(
+                    (float(one), max(self.decode_scale * (both.seconds - of.seconds), both.floor_s - of.floor_s))
+                    for one, (of, both) in zip(requests, heads)
+                )
+            ),
             decode=_grid(requests, contexts, decode),
             prefill=_grid(chunks, befores, prefill, power=True),
             longest=float(most),
-            step_s=self.step_s,
+            step_s=self.step_s + self.gap_s * calls,
             request_s=self.request_s,
             ops_scale=1.0,
             host_step_s=self.host_step_s,
@@ -178,22 +245,38 @@ class MachineCard:
             loop_step_s=self.loop_step_s,
             loop_request_s=self.loop_request_s,
             residual=self.residual,
-            dispatch_s=self.start_s + self.call_s * self._dense(price, 1, 1)[1],
+            dispatch_s=self.start_s + self.call_s * calls,
             versions=self.versions,
             clocks=self.clocks,
         )
 
-    def _dense(self, price: Price, tokens: int, rows: int) -> tuple[float, int]:
-        """(seconds of all ops but attention, calls of all ops) of a step."""
+    def _attention(self, price: Price, spans: Spans, scale: float) -> float:
+        floor_s = sum(times * self.fastest.seconds(cost) for times, cost in price.calls(spans))
+        return max(scale * self.attention_s(price, spans), floor_s)
+
+    def parts(self, price: Price, spans: Spans) -> tuple[float, float, float]:
+        """Seconds in rows of their like, of a step's mixtures, its attention and all other ops. Requests are alike."""
+        tokens = sum(spans.new)
+        watch = self._dense(price, tokens, len(spans.new))
+        return watch.mixture_s, self.attention_s(price, spans), watch.seconds - watch.mixture_s
+
+    def _scaled(self, of: _Seconds, tokens: int) -> float:
+        """Seconds of all ops but attention in a step of so many tokens."""
+        if tokens > self.most_requests:
+            return self.prefill_scale * of.seconds
+        return self.decode_scale * (of.seconds - of.mixture_s) + self.mixture_scale * of.mixture_s
+
+    def _dense(self, price: Price, tokens: int, rows: int) -> _Seconds:
+        """All ops of a step but attention."""
         watch = _Seconds(self)
         price.trace(Spans((tokens,), (tokens,)), rows, False, Ops({}, watch))
-        return watch.seconds, watch.calls
+        return watch
 
     def points(self) -> Iterator[tuple[str, Sizes, float, float]]:
         """All that was measured: (op, sizes, tokens, 0) and ("attention", sizes, row, column)."""
         for name, curves in self.ops.items():
             for curve in curves:
-                yield from ((name, curve.sizes, tokens, 0.0) for tokens, _ in curve.slowdown)
+                yield from ((name, curve.sizes, tokens, 0.0) for tokens, _ in curve.points)
         for plane in (*self.decode, *self.prefill):
             yield from (("attention", plane.sizes, row, column) for row in plane.rows for column in plane.columns)
 
@@ -210,17 +293,26 @@ class MachineCard:
 
 
 class _Seconds:
-    """An observer that adds up what a card says of every op but attention."""
+    """An observer that adds up what a card says of every op but attention, and their floors; and counts all calls."""
 
     def __init__(self, card: MachineCard) -> None:
-        self.card = card
-        self.seconds = 0.0
+        self.card, self.fastest = card, card.fastest
+        self.seconds = self.mixture_s = self.floor_s = 0.0
         self.calls = 0
+        self._known: dict[tuple[str, float, Sizes, Cost], float] = {}
 
     def before(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls += 1
-        if op.name != "attention":
-            self.seconds += self.card.op_s(op, args, kwargs)
+        if op.name == "attention":
+            return
+        cost = op.floor(*args, **kwargs)
+        key = op.name, *shape_of(op.name, args, kwargs), cost
+        if key not in self._known:  # layers are alike
+            self._known[key] = self.card.op_s(op, args, kwargs)
+        self.seconds += self._known[key]
+        if op.name == "moe":
+            self.mixture_s += self._known[key]
+        self.floor_s += self.fastest.seconds(cost)
 
     def after(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None: ...
 
@@ -255,28 +347,107 @@ SHAPES: dict[str, Callable[..., Sequence[float]]] = {
 """Op -> (tokens, other sizes …) of its arguments."""
 
 
-def between(points: Sequence[tuple[float, float]], number: float) -> float:
-    """Straight on logarithmic axes between the points, level beyond the first and the last."""
+Pair = tuple[float, float]
+
+
+def between(points: Sequence[tuple[float, Pair]], number: float) -> Pair:
+    """Straight between the points, level beyond the first and the last."""
     if number <= points[0][0]:
         return points[0][1]
     if number >= points[-1][0]:
         return points[-1][1]
-    place = bisect_right(points, (number, math.inf))
+    place = bisect_right(points, number, key=lambda one: one[0])
     (x0, y0), (x1, y1) = points[place - 1], points[place]
-    return float(y0 * (y1 / y0) ** (math.log(number / x0) / math.log(x1 / x0)))
+    share = (number - x0) / (x1 - x0)
+    return y0[0] + (y1[0] - y0[0]) * share, y0[1] + (y1[1] - y0[1]) * share
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Seconds of an op by its floor: a start, which every launch takes, and a multiple. Neither is below zero."""
+
+    start_s: float
+    times: float
+
+    def __call__(self, floor_s: float) -> float:
+        return self.start_s + self.times * floor_s
+
+
+def trend(known: Sequence[Known], weights: Sequence[float]) -> Trend:
+    """The least squared relative error over what is known."""
+    # Minimize the sum of w (a / t + b f / t - 1)^2 over a, b >= 0.
+    rows = [(weight, 1 / one.seconds, one.floor_s / one.seconds) for weight, one in zip(weights, known)]
+    aa, bb = sum(w * p * p for w, p, _ in rows), sum(w * q * q for w, _, q in rows)
+    ab = sum(w * p * q for w, p, q in rows)
+    a1, b1 = sum(w * p for w, p, _ in rows), sum(w * q for w, _, q in rows)
+    only_start, only_times = Trend(a1 / aa, 0.0), Trend(0.0, b1 / bb)
+    determinant = aa * bb - ab * ab
+    if determinant <= 1e-9 * aa * bb:  # all floors are alike: nothing tells a start from a multiple
+        return only_times
+    both = Trend((a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant)
+    if both.start_s < 0:
+        return only_times
+    return only_start if both.times < 0 else both
+
+
+def read_between(known: Sequence[Known], sizes: Sizes, floor_s: float) -> float:
+    """Seconds of an op of other sizes with this floor."""
+    apart = [_apart(one.sizes, sizes) for one in known]
+    line = trend(known, [1 / (FAR + one * one) for one in apart])
+    off = [(one.sizes, one.seconds / line(one.floor_s)) for one in known]
+    return line(floor_s) * nearest(off, sizes)
 
 
 def nearest(known: Sequence[tuple[Sizes, float]], sizes: Sizes) -> float:
     """A geometric mean of the values at known sizes, the nearer the heavier (Shepard, 1968)."""
     total = mean = 0.0
     for other, value in known:
-        apart = math.hypot(*(math.log(a / b) for a, b in zip(sizes, other, strict=True)))
+        apart = _apart(sizes, other)
         if apart < 1e-9:
             return value
         weight = apart**-NEAREST
         total += weight
         mean += weight * math.log(value)
     return math.exp(mean / total)
+
+
+def _apart(one: Sizes, other: Sizes) -> float:
+    return math.hypot(*(math.log(a / b) for a, b in zip(one, other, strict=True)))
+
+
+def _moved(curves: Sequence[Curve], old: Roofline, new: Roofline) -> tuple[Curve, ...]:
+    """An op's curves under other rates."""
+    found = []
+    for curve in curves:
+        points = []
+        for tokens, point in curve.points:
+            line = trend([one.at(tokens, old) for one in curves], [1.0] * len(curves))
+            points.append((tokens, _under(point, line, old, new)))
+        found.append(Curve(curve.sizes, tuple(points)))
+    return tuple(found)
+
+
+def _moved_planes(planes: Sequence[Plane], old: Roofline, new: Roofline) -> Iterator[Plane]:
+    for plane in planes:
+        yield replace(
+            plane,
+            points=tuple(
+                tuple(
+                    _under(
+                        point,
+                        trend([one.at(row, column, old) for one in planes], [1.0] * len(planes)),
+                        old,
+                        new,
+                    )
+                    for column, point in zip(plane.columns, line)
+                )
+                for row, line in zip(plane.rows, plane.points)
+            ),
+        )
+
+
+def _under(point: Point, line: Trend, old: Roofline, new: Roofline) -> Point:
+    return replace(point, seconds=point.seconds * line(point.floor_s(new)) / line(point.floor_s(old)))
 
 
 def _grid(rows: Sequence[int], columns: Sequence[int], value: Callable[[int, int], float], power: bool = False) -> Grid:
@@ -315,12 +486,19 @@ def _read(values: dict[str, Any], origin: str) -> MachineCard:
         raise InvalidArgument("card", f"{origin}: fields {', '.join(wrong)} are missing or unknown; calibrate again")
     values["reads"] = tuple(map(tuple, values["reads"]))
     values["ops"] = {
-        name: tuple(Curve(tuple(one["sizes"]), tuple(map(tuple, one["slowdown"]))) for one in curves)
+        name: tuple(Curve(tuple(one["sizes"]), tuple((at, Point(**of)) for at, of in one["points"])) for one in curves)
         for name, curves in values["ops"].items()
     }
     for name in ("decode", "prefill"):
         values[name] = tuple(
-            Plane(tuple(one["sizes"]), tuple(one["rows"]), tuple(one["columns"]), tuple(map(tuple, one["slowdown"])))
+            Plane(
+                tuple(one["sizes"]),
+                tuple(one["rows"]),
+                tuple(one["columns"]),
+                tuple(tuple(Point(**of) for of in line) for line in one["points"]),
+                one["squares"],
+            )
             for one in values[name]
         )
+    values["steps"] = tuple(values["steps"])
     return MachineCard(**values)

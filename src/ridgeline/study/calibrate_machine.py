@@ -10,7 +10,9 @@ half of them the error bar.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -21,21 +23,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ridgeline.core.cost import Cost
+from ridgeline.core.errors import RidgelineError
 from ridgeline.core.machine import largest_cache_bytes
 from ridgeline.core.step import Spans
 from ridgeline.engine.build import Built
 from ridgeline.llm import LLM
 from ridgeline.ops import Op, Ops
+from ridgeline.ops.moe import distinct_experts, uniform_experts
+from ridgeline.ops.weight import nbytes
 from ridgeline.perf.limit import LimitCurve, OwnProduct, matrix_rate, measure_curve, read_rate
-from ridgeline.perf.machine_card import Curve, MachineCard, Plane, Sizes, shape_of
+from ridgeline.perf.machine_card import Curve, MachineCard, Plane, Point, Sizes, shape_of
 from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
 from ridgeline.run.runner import Step
 from ridgeline.study.calibrate import around, fitted, quiet
 from ridgeline.study.step_bench import Shape, StepBench, versions
-from ridgeline.study.timing import Works, clocks, forget, on_cuda, on_host
+from ridgeline.study.timing import GraphPool, Works, clocks, forget, on_cuda, on_host
 
 COLD = 4
 """Calls in a row read this many times the last cache before one comes round again, if there are as many."""
@@ -45,6 +52,20 @@ HIDDEN_S = 3e-4
 """The host launches any op in less than this."""
 SURELY = 1.5
 """Prompts whose ops take this many times what the host needs are the device's to pace."""
+
+DECODE_SCALE, PREFILL_SCALE = (0.75, 1.25), (0.75, 1.3)
+"""What ops may take in a step over their times in a row of their like. Beyond that the rows are wrong, not the step."""
+PULL = 0.15
+"""A scale that is off 1 by so much weighs this times as much as one step that is off by so much: what hardly shows in
+steps stays near 1."""
+GAP_S = 3e-6
+"""Most that lies between two calls in a step and not in a row of them."""
+POOR = 0.25
+"""With a larger residual a card says nothing."""
+
+
+class PoorFit(RidgelineError):
+    """Ops measured one by one do not add up to steps."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +140,11 @@ CUDA = Points(
         Made("middle", _llama(3072, 9216, 24, 6, 16, 80_000)),
         Made("wide", _llama(5120, 13_824, 40, 8, 8, 64_000)),
         Made("experts", _mixture(96, 6, 640, 1536, 4096, 16, 4, 8, 100_000)),
-        Made("more-experts", _mixture(144, 9, 896, 2560, 4096, 20, 5, 4, 90_000)),
+        Made("more-experts", _mixture(144, 9, 896, 2560, 4096, 40, 5, 4, 90_000)),
     ),
     dtype="bfloat16",
-    tokens=(1, 2, 4, 6, 12, 24, 48, 80, 96, 192, 320, 768, 1280, 3072, 6144, 10_240),
-    batches=(1, 2, 6, 24, 48, 96, 192, 320),
+    tokens=(1, 2, 4, 6, 9, 12, 18, 24, 36, 48, 72, 96, 144, 192, 240, 288, 320, 768, 1280, 3072, 6144, 10_240),
+    batches=(1, 2, 6, 12, 24, 48, 96, 192, 320),
     contexts=(16, 96, 384, 768, 1536, 6144, 12_288),
     chunks=(12, 96, 192, 768, 1536, 6144, 10_240),
     over=(1, 4, 64),
@@ -200,23 +221,23 @@ def calibrate_machine(
         read_bytes_per_s=read,
         matrix_flops=flops,
         reads=tuple((float(size), rate) for size, rate in curve.points),
-        ops={
-            op: tuple(Curve(sizes, tuple(sorted(at.items()))) for sizes, at in by.items())
-            for op, by in found.ops.items()
-        },
+        ops={op: _curves(by) for op, by in found.ops.items()},
         decode=tuple(found.decode),
         prefill=tuple(found.prefill),
         most_tokens=max(points.tokens),
         most_requests=max(points.batches),
         longest=points.longest,
         versions=versions(),
-        clocks={**told, "seconds": found.took, "op by op": sorted(found.eager)},
+        clocks={**told, "seconds": found.took, "op by op": found.eager},
     )
-    return _anchored(card, found)
+    card = _anchored(card, found)
+    if card.doubt and not allow_busy:
+        raise PoorFit(f"{card.doubt}; calibrate again on a quiet machine, or say --allow-busy to have the card marked")
+    return card
 
 
-def _curves(by: Mapping[Sizes, Mapping[float, float]]) -> tuple[Curve, ...]:
-    return tuple(Curve(sizes, tuple(sorted(at.items()))) for sizes, at in by.items())
+def _curves(by: Mapping[Sizes, Mapping[float, Point]]) -> tuple[Curve, ...]:
+    return tuple(Curve(sizes, tuple((tokens, at[tokens]) for tokens in sorted(at))) for sizes, at in by.items())
 
 
 def anchors(
@@ -278,9 +299,10 @@ def fill(built: Built) -> None:
 @dataclass
 class _Found:
     """What was measured so far. prices: of the made-up models. around: `calibrate.around` of each. took: seconds that
-    each model took. eager: ops that no graph would hold. hands_over: whether the device runs behind the host."""
+    each model took. eager: ops of prompts that no graph would hold, and why. hands_over: whether the device runs behind
+    the host."""
 
-    ops: dict[str, dict[Sizes, dict[float, float]]] = field(default_factory=dict)
+    ops: dict[str, dict[Sizes, dict[float, Point]]] = field(default_factory=dict)
     decode: list[Plane] = field(default_factory=list)
     prefill: list[Plane] = field(default_factory=list)
     steps: list[_Step] = field(default_factory=list)
@@ -288,7 +310,7 @@ class _Found:
     hands_over: bool = False
     around: list[tuple[float, float, float, float]] = field(default_factory=list)
     took: dict[str, float] = field(default_factory=dict)
-    eager: set[str] = field(default_factory=set)
+    eager: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -303,7 +325,7 @@ class _Step:
 
     @property
     def decodes(self) -> bool:
-        return all(new == 1 for new, _ in self.shape.spans)
+        return self.shape.decodes
 
 
 class _Calls:
@@ -324,7 +346,7 @@ class _Rows:
     def __init__(self, bench: StepBench, points: Points, roofline: Roofline, found: _Found) -> None:
         self.bench, self.points, self.roofline, self.found = bench, points, roofline, found
         self.device = bench.device
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.pool = GraphPool(self.device) if self.device.type == "cuda" else None
         cache = (
             torch.cuda.get_device_properties(self.device).L2_cache_size
             if self.device.type == "cuda"
@@ -348,16 +370,16 @@ class _Rows:
             for (name, sizes, along), calls in self.alike(shape).items():
                 if name in ("feed", "attention"):
                     continue
-                table = self.found.ops.setdefault(name, {}).setdefault(sizes, {})
+                table: dict[float, Point] = self.found.ops.setdefault(name, {}).setdefault(sizes, {})
                 if along not in table:
-                    table[along] = self.slowdown(calls)
+                    table[along] = self.point(calls, shape)
         spec = bench.built.spec
         sizes = (float(spec.heads), float(spec.kv_heads), float(spec.head_dim))
         self.found.decode.append(
             self.plane(sizes, points.batches, points.contexts, lambda n, context: ((1, context),) * n)
         )
         self.found.prefill.append(
-            self.plane(sizes, points.chunks, points.over, lambda new, times: ((new, new * times),))
+            self.plane(sizes, points.chunks, points.over, lambda new, times: ((new, new * times),), squares=True)
         )
 
     def plane(
@@ -366,21 +388,31 @@ class _Rows:
         rows: Sequence[int],
         columns: Sequence[int],
         spans: Callable[[int, int], tuple[tuple[int, int], ...]],
+        squares: bool = False,
     ) -> Plane:
-        """Attention at every row and column; what is too long for the pool or the context goes on level."""
+        """Attention at every row and column; what is too long for the pool or the context takes as many times its floor
+        as what is just short enough."""
         values = []
+        fill(self.bench.built)  # prompts have left their keys and values behind
         for row in rows:
-            line: list[float] = []
+            line: list[Point] = []
             for column in columns:
                 shape = Shape(spans(row, column))
                 longest = max(visible for _, visible in shape.spans)
                 if longest <= self.bench.longest and self.bench.fits(1, longest):
                     calls = self.alike(shape)
-                    line.append(self.slowdown(next(one for (name, _, _), one in calls.items() if name == "attention")))
+                    alike = next(one for (name, _, _), one in calls.items() if name == "attention")
+                    line.append(self.point(alike, shape))
                 else:
-                    line.append(line[-1])
+                    line.append(self.beyond(line[-1], shape))
             values.append(tuple(line))
-        return Plane(sizes, tuple(map(float, rows)), tuple(map(float, columns)), tuple(values))
+        return Plane(sizes, tuple(map(float, rows)), tuple(map(float, columns)), tuple(values), squares)
+
+    def beyond(self, last: Point, shape: Shape) -> Point:
+        """A call of attention that cannot run here, from one that could."""
+        cost = self.bench.built.price.calls(shape.as_spans())[0][1]
+        times = last.seconds / last.floor_s(self.roofline)
+        return Point(cost.flops, cost.bytes, times * self.roofline.seconds(cost))
 
     def alike(self, shape: Shape) -> dict[tuple[str, Sizes, float], list[tuple[Op, Any, Any, Any]]]:
         """The calls of a step's ops, by op and sizes: (op, its kernel, args, kwargs)."""
@@ -393,33 +425,55 @@ class _Rows:
             found.setdefault((op.name, sizes, along), []).append((op, getattr(ops, op.name), args, kwargs))
         return found
 
-    def slowdown(self, calls: Sequence[tuple[Op, Any, Any, Any]]) -> float:
-        """Times its floor that a call takes, in a row of its like."""
+    def point(self, calls: Sequence[tuple[Op, Any, Any, Any]], shape: Shape) -> Point:
+        """What a call takes in a row of its like, in a step of this shape."""
         op, _, args, kwargs = calls[0]
-        cost = op.floor(*args, **kwargs)
-        enough = calls[: max(1, int(self.cold_bytes // max(cost.read_bytes, 1)) + 1)]
+        enough = calls[: max(1, int(self.cold_bytes // max(op.floor(*args, **kwargs).read_bytes, 1)) + 1)]
         works = Works([_bound(kernel, args, kwargs) for _, kernel, args, kwargs in enough])
-        floor_s = self.roofline.seconds(cost)
-        return self.seconds(op.name, works, floor_s) / floor_s
+        costs = [routed_cost(op, args, kwargs) for op, _, args, kwargs in enough]
+        # Calls of the same sizes need not cost the same: a norm may add a residual, which doubles its traffic.
+        flops, moved = statistics.mean(one.flops for one in costs), statistics.mean(one.bytes for one in costs)
+        floor_s = max(flops / self.roofline.matrix_flops, moved / self.roofline.bytes_per_s)
+        return Point(flops, moved, self.seconds(op.name, works, floor_s, shape.decodes))
 
-    def seconds(self, name: str, works: Works, floor_s: float) -> float:
-        """Of one call: captured, unless it takes so long that launching hides behind it."""
+    def seconds(self, name: str, works: Works, floor_s: float, decodes: bool) -> float:
+        """Of one call: captured where the engine captures, unless it takes so long that launching hides behind it.
+
+        An op of prompts that no graph holds is timed op by op, as the engine runs it, and the card says so with the
+        reason; an op of decoding that no graph holds is an error, since the engine has one that does.
+        """
         if self.device.type != "cuda":
             stretch = on_host(works, least_s=1e-3)
         else:
-            captured = floor_s < HIDDEN_S and name not in self.found.eager
+            captured = self.bench.built.runner.graphs is not None and floor_s < HIDDEN_S
+            captured = captured and (decodes or name not in self.found.eager)
             try:
                 stretch = on_cuda(works, len(works.calls), captured, self.pool)
-            except RuntimeError:
-                if not captured:
+            except RuntimeError as error:
+                if decodes or not captured:
                     raise
                 torch.cuda.synchronize(self.device)
-                self.found.eager.add(name)  # the card says so
+                self.found.eager[name] = " ".join(str(error).split())[:200]
+                self.pool = GraphPool(self.device)  # the old one may hold what the broken capture took
                 stretch = on_cuda(works, len(works.calls), False)
         times = sorted(stretch.run() for _ in range(self.points.rounds))
         if len(times) > 2 and statistics.median(times) * stretch.calls > LONG_STEP_S:
             self.bench.spread = max(self.bench.spread, times[(3 * len(times)) // 4] / statistics.median(times))
         return statistics.median(times)
+
+
+def routed_cost(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cost:
+    """The floor of a call; of a mixture, by the experts that its tokens really go to.
+
+    The op's own cost knows no tokens and counts the experts of a uniform router.
+    """
+    cost = op.floor(*args, **kwargs)
+    if op.name != "moe":
+        return cost
+    x, _, gate_up, down, top_k, *_ = args
+    count = gate_up.shape[0]
+    less = uniform_experts(count, top_k, x.shape[0]) - distinct_experts(*args)
+    return replace(cost, read_bytes=cost.read_bytes - less * nbytes(gate_up, down) / count)
 
 
 def _bound(kernel: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], Any]:
@@ -433,6 +487,7 @@ def _steps(bench: StepBench, points: Points, found: _Found, name: str) -> None:
     calls = len(seen.calls)
     found.prices[name] = bench.built.price
     found.hands_over = bench.device.type == "cuda"
+    fill(bench.built)  # prompts have left their keys and values behind
     shapes = [Shape(((1, context),) * count) for count, context in points.decodes]
     shapes += [Shape(((new, new + before),)) for new, before in points.prompts]
     for shape in shapes:
@@ -463,10 +518,15 @@ def step_seconds(bench: StepBench, shape: Shape, repeats: int = 7) -> tuple[floa
 def _anchored(card: MachineCard, found: _Found) -> MachineCard:
     """The card with what steps add to ops: every other one to fit, the rest to judge."""
     decodes, prompts = ([one for one in found.steps if one.decodes is kind] for kind in (True, False))
-    fit, bare = decodes[::2], _Said(card, found)
-    counts = [float(len(one.shape.spans)) for one in fit]
-    step_s, request_s, decode_scale = fitted(
-        [[1.0] * len(fit), counts, [bare.seconds(one) for one in fit]], [one.seconds for one in fit]
+    fit = decodes[::2]
+    parts = {one: card.parts(found.prices[one.model], one.shape.as_spans()) for one in found.steps}
+    features = [(1.0, float(len(one.shape.spans)), float(one.calls), *parts[one]) for one in fit]
+    mixtures = DECODE_SCALE if any(parts[one][0] for one in fit) else (1.0, 1.0)
+    step_s, request_s, gap_s, mixture_scale, attention_scale, decode_scale = bounded(
+        features,
+        [one.seconds for one in fit],
+        ((0.0, None), (0.0, None), (0.0, GAP_S), mixtures, DECODE_SCALE, DECODE_SCALE),
+        near=(3, 4, 5),
     )
     start_s = call_s = 0.0
     if found.hands_over:
@@ -474,17 +534,21 @@ def _anchored(card: MachineCard, found: _Found) -> MachineCard:
             [[1.0] * len(prompts), [float(one.calls) for one in prompts]], [one.start_s for one in prompts]
         )
     shares = [
-        (one.seconds - step_s) / bare.seconds(one)
+        (one.seconds - step_s - gap_s * one.calls) / sum(parts[one])
         for one in prompts[::2]
-        if bare.seconds(one) > SURELY * (start_s + call_s * one.calls)
+        if sum(parts[one]) > SURELY * (start_s + call_s * one.calls)
     ]
+    prefill_scale = statistics.median(shares) if shares else decode_scale
     host = [statistics.median(one[place] for one in found.around) for place in range(4)]
     card = replace(
         card,
         step_s=step_s,
         request_s=request_s,
+        gap_s=gap_s,
         decode_scale=decode_scale,
-        prefill_scale=statistics.median(shares) if shares else decode_scale,
+        attention_scale=attention_scale,
+        mixture_scale=mixture_scale,
+        prefill_scale=min(max(prefill_scale, PREFILL_SCALE[0]), PREFILL_SCALE[1]),
         start_s=start_s,
         call_s=call_s,
         host_step_s=host[0],
@@ -493,8 +557,87 @@ def _anchored(card: MachineCard, found: _Found) -> MachineCard:
         loop_request_s=host[3],
     )
     said = _Said(card, found)
-    errors = sorted(abs(said.seconds(one) / one.seconds - 1) for one in (*decodes[1::2], *prompts[1::2]))
-    return replace(card, residual=errors[int(0.95 * (len(errors) - 1))])
+    judged = [(abs(said.seconds(one) / one.seconds - 1), one) for one in (*decodes[1::2], *prompts[1::2])]
+    judged.sort(key=lambda one: one[0])
+    card = replace(
+        card,
+        residual=judged[int(0.95 * (len(judged) - 1))][0],
+        steps=tuple(
+            {
+                "model": one.model,
+                "requests": len(one.shape.spans),
+                "new": one.shape.spans[0][0],
+                "visible": one.shape.spans[0][1],
+                "measured_s": one.seconds,
+                **dict(zip(("mixtures_s", "attention_s", "other_ops_s"), parts[one])),
+                "said_s": said.seconds(one),
+                "start_s": one.start_s,
+            }
+            for one in found.steps
+        ),
+    )
+    return replace(card, doubt=_doubt(card, prefill_scale, judged[-1][1], said.seconds(judged[-1][1])))
+
+
+def _doubt(card: MachineCard, prefill_scale: float, worst: _Step, said_s: float) -> str:
+    """Why a card is not to be trusted; nothing, if it is."""
+    why = []
+    scales = (
+        ("ops of decoding", card.decode_scale, DECODE_SCALE),
+        ("attention of decoding", card.attention_scale, DECODE_SCALE),
+        ("mixtures of decoding", card.mixture_scale, DECODE_SCALE),
+        ("ops of prompts", prefill_scale, PREFILL_SCALE),
+    )
+    for kind, scale, (least, most) in scales:
+        if not least < scale < most:
+            why.append(f"{kind} take {scale:.2f} times their time in a row or beyond ({least} to {most} is sane)")
+    if card.residual > POOR:
+        (new, visible), requests = worst.shape.spans[0], len(worst.shape.spans)
+        why.append(
+            f"steps left out of the fit are off by {card.residual:.0%}, at worst {requests} x ({new} new of {visible}) "
+            f"of {worst.model}: {worst.seconds * 1e3:.3f} ms measured, {said_s * 1e3:.3f} predicted"
+        )
+    return "ops do not add up to steps: " + "; ".join(why) if why else ""
+
+
+Bound = tuple[float, float | None]
+
+
+def bounded(
+    rows: Sequence[Sequence[float]], measured: Sequence[float], bounds: Sequence[Bound], near: Sequence[int] = ()
+) -> list[float]:
+    """Weights of least squared relative error within bounds; the worst tenth is left out, three times, as in `fitted`.
+
+    rows: features of each measurement. near: weights that are to be near to 1 if little depends on them. Every weight
+    is free, at its least or at its most: all cases are tried.
+    """
+    target = np.array(measured, dtype=np.float64)
+    scaled = np.array(rows, dtype=np.float64) / target[:, None]
+    pulls = PULL * np.eye(len(bounds))[list(near)]
+    best = np.zeros(len(bounds))
+    for _ in range(4):
+        both = np.vstack((scaled, pulls))
+        wanted = np.concatenate((np.ones(len(scaled)), np.full(len(pulls), PULL)))
+        lowest = math.inf
+        for fixed in itertools.product(*((None, *(one for one in bound if one is not None)) for bound in bounds)):
+            weights = _with_fixed(both, wanted, fixed)
+            if any(w < low - 1e-15 or (high is not None and w > high) for w, (low, high) in zip(weights, bounds)):
+                continue
+            error = float(np.sum((both @ weights - wanted) ** 2))
+            if error < lowest:
+                lowest, best = error, weights
+        errors = np.abs(scaled @ best - 1)
+        scaled = scaled[errors <= np.quantile(errors, 0.9)]
+    return [float(one) for one in best]
+
+
+def _with_fixed(rows: Any, wanted: Any, fixed: Sequence[float | None]) -> Any:
+    """Weights of least squares, of which some are given."""
+    weights = np.array([0.0 if one is None else one for one in fixed])
+    free = [place for place, one in enumerate(fixed) if one is None]
+    if free:
+        weights[free] = np.linalg.lstsq(rows[:, free], wanted - rows @ weights, rcond=None)[0]
+    return weights
 
 
 class _Said:

@@ -34,6 +34,10 @@ class Shape:
     def tokens(self) -> int:
         return sum(new for new, _ in self.spans)
 
+    @property
+    def decodes(self) -> bool:
+        return all(new == 1 for new, _ in self.spans)
+
     def as_spans(self) -> Spans:
         return Spans(tuple(new for new, _ in self.spans), tuple(visible for _, visible in self.spans))
 

@@ -30,7 +30,18 @@ from ridgeline.study.attention import rungs, tensors
 from ridgeline.study.attention.bench import CACHES_BEYOND, allowed_error, describe, device_of, versions
 from ridgeline.study.attention.cases import ITEM_BYTES, Case
 from ridgeline.study.attention.report import Table, times
-from ridgeline.study.timing import Stretch, Works, alternate, clocks, forget, geometric_mean, interval, on_cuda, on_host
+from ridgeline.study.timing import (
+    GraphPool,
+    Stretch,
+    Works,
+    alternate,
+    clocks,
+    forget,
+    geometric_mean,
+    interval,
+    on_cuda,
+    on_host,
+)
 
 FINALISTS = 4
 SCREENING_ROUNDS = 3
@@ -222,7 +233,7 @@ class _Search:
         if len(variants) > self.settings.most:
             variants = [present, *random.Random(0).sample(variants[1:], self.settings.most - 1)]
         scores: dict[Any, float] = {}
-        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        pool = GraphPool(self.device) if self.device.type == "cuda" else None
         for number, variant in enumerate(variants, 1):
             tell(f"variant {number} of {len(variants)}")
             stretches = self._ready(variant, pool)
@@ -248,7 +259,7 @@ class _Search:
         finally:
             table[key] = present
 
-    def _ready(self, variant: Any, pool: Any) -> dict[str, Stretch] | None:
+    def _ready(self, variant: Any, pool: GraphPool | None) -> dict[str, Stretch] | None:
         """The variant on every case, checked; None if it is refused or wrong."""
         trial = self.trial
         try:
@@ -297,7 +308,7 @@ class _Search:
                 return f"{excess.max().item():.3g} beyond the op's tolerance on a ragged batch"
         return None
 
-    def _final(self, present: Any, rivals: Sequence[Any], pool: Any, tell: Callable[[str], None]) -> None:
+    def _final(self, present: Any, rivals: Sequence[Any], pool: GraphPool | None, tell: Callable[[str], None]) -> None:
         """The best few beside the present entry, case by case, in alternating rounds."""
         trial = self.trial
         ready = {variant: self._ready(variant, pool) for variant in (present, *rivals)}

@@ -28,7 +28,18 @@ from ridgeline.study.attention import counters, memory, tensors, traffic
 from ridgeline.study.attention.cases import REPORT_SPEEDUPS, REPORT_TOTALS_MS, Case, Choice, cases
 from ridgeline.study.attention.contestants import Contestant, Field, assemble
 from ridgeline.study.attention.rungs import STANDARD, WAITING
-from ridgeline.study.timing import Stretch, Works, alternate, clocks, forget, interval, on_cuda, on_host, ratios
+from ridgeline.study.timing import (
+    GraphPool,
+    Stretch,
+    Works,
+    alternate,
+    clocks,
+    forget,
+    interval,
+    on_cuda,
+    on_host,
+    ratios,
+)
 
 CACHES_BEYOND = 4
 """Copies of the inputs are together this many times the L2 cache."""
@@ -259,7 +270,7 @@ class _Bench:
         except torch.OutOfMemoryError:
             cell.results = {name: {"refused": "the inputs do not fit into memory"} for name in self.players.names}
             return
-        pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        pool = GraphPool(self.device) if self.on_gpu else None
         arms: dict[str, Stretch] = {}
         eager: dict[str, Stretch] = {}
         for number, one in enumerate(self.players.contestants):
@@ -299,7 +310,7 @@ class _Bench:
         wanted = case.new == 1 if self.settings.eager is None else self.settings.eager
         return wanted and self.on_gpu and self.settings.graph
 
-    def _stretch(self, works: Works, case: Case, graph: bool, pool: Any) -> Stretch:
+    def _stretch(self, works: Works, case: Case, graph: bool, pool: GraphPool | None) -> Stretch:
         if not self.on_gpu:
             return on_host(works)
         return on_cuda(works, max(len(works.calls), DECODE_CALLS if case.new == 1 else 1), graph, pool)
