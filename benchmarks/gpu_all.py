@@ -61,7 +61,9 @@ def benchmark(module: str, *more: str, fa3: bool = False) -> Callable[[argparse.
 
 
 def tests(marks: str, *where: str) -> Callable[[argparse.Namespace], list[str]]:
-    return lambda options: ["-m", "pytest", *where, "-m", marks, f"--junitxml={options.out / 'tests.xml'}"]
+    """pytest; failures are in the log as they come (at_once.py), for a step may be stopped before its end."""
+    plugin = ["-p", "benchmarks.at_once"]
+    return lambda options: ["-m", "pytest", *plugin, *where, "-m", marks, f"--junitxml={options.out / 'tests.xml'}"]
 
 
 def latency(options: argparse.Namespace) -> list[str]:
