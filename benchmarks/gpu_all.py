@@ -78,7 +78,7 @@ def accuracy_later(options: argparse.Namespace) -> list[str]:
 
 
 STEPS = (
-    Step("tests-cuda", 3, "tests of the kernels in CUDA", tests("gpu and not slow", "tests/kernels/cuda")),
+    Step("tests-cuda", 5, "tests of the kernels in CUDA", tests("gpu and not slow", "tests/kernels/cuda")),
     Step("tests-triton", 4, "tests of those in Triton", tests("gpu and not slow", "tests/kernels/triton")),
     Step("tests-engine", 4, "tests of models, graphs, trees, studies on a GPU",
          tests("gpu and not slow", "tests", "--ignore=tests/kernels")),
