@@ -32,6 +32,7 @@ from benchmarks.record import Record, interval, losing, parser, ratios
 from ridgeline.core.step import Spans
 from ridgeline.kernels.cuda import attention_sm90 as kernels
 from ridgeline.kernels.cuda.attention_sm90 import Sections, attention_sm90
+from ridgeline.study.attention.peers import fa3_arguments
 
 TOKENS, COLUMNS = 16384, 2048
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -157,11 +158,10 @@ def contestants(
 
         return call
 
+    fa3_call = fa3_arguments(q, k, v, starts, starts, None, length, length, None, scale, causal)
+
     def fa3() -> torch.Tensor:
-        out: torch.Tensor = torch.ops._vllm_fa3_C.fwd(
-            q, k, v, None, None, None, None, starts, starts, None, None, None, length, length,
-            *(None,) * 10, scale, causal, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None,
-        )[0]  # fmt: skip
+        out: torch.Tensor = torch.ops._vllm_fa3_C.fwd(*fa3_call)[0]
         return out
 
     sides = {"sm90": ours}

@@ -61,7 +61,9 @@ def benchmark(module: str, *more: str, fa3: bool = False) -> Callable[[argparse.
 
 
 def tests(marks: str, *where: str) -> Callable[[argparse.Namespace], list[str]]:
-    return lambda options: ["-m", "pytest", *where, "-m", marks, f"--junitxml={options.out / 'tests.xml'}"]
+    """pytest; failures are in the log as they come (at_once.py), for a step may be stopped before its end."""
+    plugin = ["-p", "benchmarks.at_once"]
+    return lambda options: ["-m", "pytest", *plugin, *where, "-m", marks, f"--junitxml={options.out / 'tests.xml'}"]
 
 
 def latency(options: argparse.Namespace) -> list[str]:
@@ -76,7 +78,7 @@ def accuracy_later(options: argparse.Namespace) -> list[str]:
 
 
 STEPS = (
-    Step("tests-cuda", 3, "tests of the kernels in CUDA", tests("gpu and not slow", "tests/kernels/cuda")),
+    Step("tests-cuda", 5, "tests of the kernels in CUDA", tests("gpu and not slow", "tests/kernels/cuda")),
     Step("tests-triton", 4, "tests of those in Triton", tests("gpu and not slow", "tests/kernels/triton")),
     Step("tests-engine", 4, "tests of models, graphs, trees, studies on a GPU",
          tests("gpu and not slow", "tests", "--ignore=tests/kernels")),

@@ -181,11 +181,12 @@ class Sides:
         drafters = range(len(base.models)) if arm.drafters is None else arm.drafters
         models = [] if asked.method == "ngram" else [base.models[place] for place in drafters]
         prices = base.seconds.copy(), base.plain_seconds.copy(), base.draft_seconds.copy()
-        return Speculator(asked, models, *prices, base.most_rows)
+        level = base.level_seconds.copy() if base.level_seconds is not None and models else None
+        return Speculator(asked, models, *prices, base.most_rows, level_seconds=level)
 
     def priced(self, name: str) -> dict[str, Any]:
         """What an arm's speculator takes for the seconds of a step with trees by its rows, of one without and of a pass
-        of drafting by requests."""
+        of drafting by requests, and of a level of drafts on the device."""
         one = self.speculators[name]
         assert one is not None
         rows, requests = (2, 3, 5, 9, 17, 33, 65, 129, 256), (1, 4, 8, 16, 32, 64, 128, 256)
@@ -193,6 +194,7 @@ class Sides:
             "with_trees_s": {count: one.seconds(count) for count in rows},
             "plain_s": {count: one.plain_seconds(count) for count in requests},
             "draft_s": {count: one.draft_seconds(count) for count in requests},
+            "level_s": {} if one.level_seconds is None else {count: one.level_seconds(count) for count in requests},
         }
 
     def take(self, arm: Arm) -> None:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+NEEDS = {
+    "server/*": ("fastapi", "pydantic", "uvicorn", "jsonschema", "schemathesis", "opentelemetry", "llguidance"),
+    "dashboard/*": ("fastapi", "uvicorn"),
+    "cli/test_json_schemas.py": ("jsonschema",),
+}
+"""What tests of the server import: a machine with a GPU may lack it, and none of these tests needs one."""
+collect_ignore_glob = [path for path, packages in NEEDS.items() if any(find_spec(name) is None for name in packages)]
 END = 1
 VOCABULARY = 288
 """Logits of the tiny model: a few ids more than its tokenizer knows, as padded checkpoints have."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +127,26 @@ def test_each_step_names_options_that_there_are(step: Step, tmp_path: Path) -> N
         compile(name, step.name, "exec")
     else:
         assert name == "pytest"
+
+
+def test_failures_are_in_the_log_before_the_end(tmp_path: Path) -> None:
+    """A step of tests that is stopped has told of what failed until then, from workers too."""
+    (tmp_path / "test_two.py").write_text(
+        "import time\ndef test_bad():\n    assert 'why it failed' == ''\ndef test_long():\n    time.sleep(60)\n"
+    )
+    log = tmp_path / "log.txt"
+    plugin = ["-p", "benchmarks.at_once", "-p", "no:cacheprovider", "-n", "1"]
+    with log.open("w") as out:
+        command = [sys.executable, "-m", "pytest", *plugin, "-c", os.devnull, str(tmp_path / "test_two.py")]
+        process = subprocess.Popen(
+            command, cwd=gpu_all.ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            until = time.monotonic() + 40
+            while "why it failed" not in log.read_text() and time.monotonic() < until:
+                time.sleep(0.1)
+            assert process.poll() is None
+        finally:
+            gpu_all.stop(process)
+    assert "FAILED" in log.read_text()
+    assert "why it failed" in log.read_text()

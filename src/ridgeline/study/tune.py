@@ -27,7 +27,7 @@ from ridgeline.ops import REGISTRY
 from ridgeline.ops.attention import attention_inputs
 from ridgeline.ops.op import Kernel
 from ridgeline.study.attention import rungs, tensors
-from ridgeline.study.attention.bench import CACHES_BEYOND, allowed_error, describe, device_of, versions
+from ridgeline.study.attention.bench import CACHES_BEYOND, describe, device_of, versions
 from ridgeline.study.attention.cases import ITEM_BYTES, Case
 from ridgeline.study.attention.report import Table, times
 from ridgeline.study.timing import (
@@ -284,9 +284,9 @@ class _Search:
         """What is wrong with the variant in the table, or None."""
         for case in self.trial.cases:
             call = self.calls[case.label][0]
-            worst, plain = tensors.error_of(case, call, rungs.bound(self.kernel, case, call)())
-            if not worst <= allowed_error(plain, call.q.dtype):
-                return f"{case.label}: an error of {worst:.3g}, PyTorch's own is {plain:.3g}"
+            found = tensors.error_of(case, call, rungs.bound(self.kernel, case, call)())
+            if found.wrong:
+                return f"{case.label}: an error of {found.worst:.3g} where {found.allowed:.3g} is allowed"
         return self._ragged_mistake()
 
     def _ragged_mistake(self) -> str | None:

@@ -253,6 +253,14 @@ def test_product_against_fp64(device: str, bias: bool) -> None:
             assert_near(product(x, weight, shift), exact, linear.reference(x, weight, shift))
 
 
+def test_a_long_chain_of_steps_loses_nothing(device: str) -> None:
+    """Sums in fp32: to 2^24 nothing is added by adding 1, however often, unless what was lost is remembered."""
+    x = torch.zeros(1, 640, device=device)
+    x[0, 0], x[0, 32::32] = 2.0**24, 1.0
+    out = product(x, Weight.dense_from(torch.ones(40, 640, device=device)))
+    assert (out.double() - (2**24 + 19)).abs().max().item() <= 1
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_product_activations(device: str, activation: str) -> None:
     x = torch.randn(5, 96, device=device).half()

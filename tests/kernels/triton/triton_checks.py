@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ridgeline.core.step import Spans
+from ridgeline.ops.error_rule import allowed
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -19,16 +20,11 @@ def kinds(device: str) -> tuple[torch.dtype, ...]:
 
 
 def assert_near(got: torch.Tensor, exact: torch.Tensor, own: torch.Tensor) -> None:
-    """max|got - exact| <= 2 max|own - exact| + tiny, own being torch's result in got's dtype.
-
-    tiny is what rounding to this dtype near 0.3 loses (FlashAttention's rule).
-    """
+    """By FlashAttention's rule (ops/error_rule.py), own being torch's result in got's dtype."""
+    assert got.dtype == own.dtype
     assert not got.isnan().any()
-    shaken = exact.to(got.dtype)
-    tiny = 2 * ((shaken + 0.3 - 0.3) - shaken).abs().max().item() if got.numel() else 0.0
-    error = (got.double() - exact.double()).abs().max().item() if got.numel() else 0.0
-    allowed = 2 * (own.double() - exact.double()).abs().max().item() + tiny if got.numel() else 0.0
-    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+    error, most = (got.double() - exact.double()).abs().max().item() if got.numel() else 0.0, allowed(exact, own)
+    assert error <= most, f"error {error:.3g}, allowed {most:.3g}"
 
 
 def paged(

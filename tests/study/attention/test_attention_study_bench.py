@@ -336,3 +336,34 @@ def test_memory_on_a_gpu() -> None:
     result = bench.run("memory", choice, Settings(), ["standard", "v2"], ["none"])
     assert report.exponent(result, "standard") == pytest.approx(2, abs=0.2)
     assert report.exponent(result, "v2") == pytest.approx(1, abs=0.1)
+
+
+def test_flash_attention_3_is_called_as_its_library_declares() -> None:
+    """The declaration of vLLM's build, and a forward of no work that takes it; contiguous keys and pages."""
+    library = torch.library.Library("_vllm_fa3_C", "DEF")
+    library.define(
+        "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor? out,"
+        " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+        " Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? seqused_k, int? max_seqlen_q,"
+        " int? max_seqlen_k, Tensor? page_table, Tensor? kv_batch_idx, Tensor? leftpad_k, Tensor? rotary_cos,"
+        " Tensor? rotary_sin, Tensor? seqlens_rotary, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale,"
+        " float softmax_scale, bool is_causal, int window_size_left, int window_size_right, float softcap,"
+        " bool is_rotary_interleaved, Tensor? scheduler_metadata, int num_splits, bool? pack_gqa, int sm_margin,"
+        " Tensor? s_aux, int cp_world_size, int cp_rank, Tensor? cp_tot_seqused_k) -> Tensor[]"
+    )
+    given: list[tuple[Any, ...]] = []
+
+    def forward(*arguments: Any) -> list[torch.Tensor]:
+        given.append(arguments)
+        return [arguments[0].clone()]
+
+    library.impl("fwd", forward, "CPU")
+    for page in (None, 16):
+        case = Case("sweep", 2, 2, 2, 16, 32, 32, True, "bfloat16", page)
+        call = bench.tensors.make(case, CPU)
+        (run,) = peers._fa3(case, [call]).calls
+        assert run().shape == call.q.shape
+        said = given[-1]
+        assert (said[12], said[13], said[23], said[24]) == (32, 32, pytest.approx(0.25), True)
+        assert (said[14] is None) == (page is None)
+    library._destroy()

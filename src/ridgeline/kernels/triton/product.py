@@ -62,6 +62,18 @@ def plus_product(sums: tl.tensor, left: tl.tensor, right: tl.tensor) -> tl.tenso
     return result
 
 
+@triton.jit
+def plus_exactly(sums: tl.tensor, lost: tl.tensor, left: tl.tensor, right: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """sums + left @ right in fp32, and what rounding added too much: Kahan's summation over steps.
+
+    The chain of steps lost more than each step's own sums: 128 steps of 32 inputs had twice the error of a product that
+    spreads one token's inputs over threads. Elementwise, so that it costs little beside a product in fp32.
+    """
+    step = tl.dot(left, right, input_precision="ieee") - lost
+    total = sums + step
+    return total, (total - sums) - step
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _product_kernel(
     x: tl.tensor,
@@ -89,11 +101,16 @@ def _product_kernel(
     x_at = x + (row.to(tl.int64) * x_stride)[:, None] + depth[None, :]
     weight_at = weight + (read * WIDTH)[None, :] + depth[:, None]
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    lost = tl.zeros((ROWS, COLUMNS), tl.float32)
     ready(EARLY)
     for start in range(0, WIDTH, STEP):
         inside = depth < WIDTH - start
         part = tl.load(x_at + start, mask=live[:, None] & inside[None, :], other=0.0)
-        sums = plus_product(sums, part, tl.load(weight_at + start, mask=inside[:, None], other=0.0))
+        weights = tl.load(weight_at + start, mask=inside[:, None], other=0.0)
+        if part.dtype == tl.float32:
+            sums, lost = plus_exactly(sums, lost, part, weights)
+        else:
+            sums = plus_product(sums, part, weights)
     starting(EARLY)
     if bias is not None:
         sums += tl.load(bias + column, mask=column < OUTPUTS, other=0.0).to(tl.float32)[None, :]

@@ -321,12 +321,13 @@ class _Bench:
             return
         with works.context():
             out = one.rows(case, works.calls[0]())
-        worst, plain = tensors.error_of(case, call, out)
-        result |= {"error": worst, "error_of_pytorch": plain}
-        allowed = allowed_error(plain, call.q.dtype)
-        if not worst <= allowed:
+        found = tensors.error_of(case, call, out)
+        result |= {"error": found.worst, "error_of_pytorch": found.plain}
+        if found.wrong:
             result["wrong"] = True
-            raise KernelRefused(f"wrong result: an error of {worst:.3g} where twice PyTorch's own allows {allowed:.3g}")
+            raise KernelRefused(
+                f"wrong result: an error of {found.worst:.3g} where twice PyTorch's own allows {found.allowed:.3g}"
+            )
 
     def _count(self, one: Contestant, call: Call, works: Works, result: dict[str, Any]) -> None:
         assert one.kernel is not None
@@ -406,13 +407,3 @@ class _Bench:
                 raise
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return {"refused": said, "wrong": one.kernel is not None}
-
-
-def allowed_error(plain: float, dtype: torch.dtype) -> float:
-    """FlashAttention's error rule: twice PyTorch's own error in the same dtype, and what storing the result costs.
-
-    The second term is the op's tolerance in fp32; else theirs: twice what adding 0.3 may lose by rounding.
-    """
-    if dtype == torch.float32:
-        return 2 * plain + REGISTRY["attention"].tolerance["float32"].absolute
-    return 2 * plain + 2 * 0.25 * torch.finfo(dtype).eps / 2

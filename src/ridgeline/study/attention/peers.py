@@ -153,6 +153,28 @@ def _fa3_op() -> Any:
         return None
 
 
+def fa3_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    most_queries: int,
+    most_keys: int,
+    pages: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Any, ...]:
+    """What its forward takes, in order: q [T, H, D]; k and v [S, Hk, D] with key_starts, or in pages with lengths."""
+    return (
+        q, k, v, None, None, None, None,  # new keys and values, q's other part, where to write
+        query_starts, key_starts, None, None, lengths, most_queries, most_keys,
+        pages, None, None, None, None, None, None, None, None,  # batches, padding, rotations, scales
+        scale, causal, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None,  # windows, schedule, sinks, ranks
+    )  # fmt: skip
+
+
 def _fa3(case: Case, calls: Sequence[Call]) -> Works:
     """FlashAttention-3's forward for ragged batches: q [T, H, D], keys in rows or in pages."""
     forward = _fa3_op()
@@ -163,12 +185,9 @@ def _fa3(case: Case, calls: Sequence[Call]) -> Works:
             # Its pages are [page, KV heads, D]: the same memory, the two middle dimensions swapped.
             shape = (call.k.shape[0], case.page, case.kv_heads, case.head_dim)
             k, v, used = call.k.view(shape), call.v.view(shape), call.lengths
-        # Between the arguments given lie those for new keys, scales, rotations and schedules, none of which is used.
-        arguments = (
-            call.q, k, v, None, None, None, None,
-            call.query_starts, call.key_starts, None, None, used, case.new, case.visible,
-            call.block_tables, None, None, None, None, None, None, None, None,
-            call.scale, case.causal, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None,
+        arguments = fa3_arguments(
+            call.q, k, v, call.query_starts, call.key_starts, used, case.new, case.visible, call.block_tables,
+            call.scale, case.causal,
         )  # fmt: skip
         return lambda: forward(*arguments)[0]
 
