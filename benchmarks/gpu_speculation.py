@@ -229,7 +229,9 @@ def bounds_of(llm: LLM, sides: Sides, counts: Counts, found: Compared, hardware:
     learned = sides.speculators[AUTO]
     assert learned is not None
     batch, draft = found.batch, learned.draft_seconds
-    result = {"measured seconds": bound(counts, batch, learned.seconds, draft, learned.plain_seconds).tokens_per_s}
+    level_s = None if learned.level_seconds is None else learned.level_seconds(batch)
+    most = bound(counts, batch, learned.seconds, draft, learned.plain_seconds, level_s)
+    result = {"measured seconds": most.tokens_per_s}
     machine = find(hardware) if hardware else None
     if machine is None and torch.cuda.is_available():
         machine = named(torch.cuda.get_device_name())
@@ -245,7 +247,7 @@ def bounds_of(llm: LLM, sides: Sides, counts: Counts, found: Compared, hardware:
         new = tuple(each + (place < rest) for place in range(batch))
         return step_s(Spans(new, tuple(context + one for one in new)), rows)
 
-    result["roofs"] = bound(counts, batch, target, draft).tokens_per_s
+    result["roofs"] = bound(counts, batch, target, draft, level_s=level_s).tokens_per_s
     return result
 
 

@@ -30,7 +30,9 @@ from ridgeline.core.request import Request
 from ridgeline.core.step import Chunk, Sampling, StepPlan
 from ridgeline.core.tree import MOST_NODES, ROOT, TokenTree
 from ridgeline.models.checkpoint import embedded_model
+from ridgeline.run.beams import DEEPEST
 from ridgeline.run.prepare import sample_inputs
+from ridgeline.speculate.acceptance import EDGES
 from ridgeline.speculate.draft_model import Growth
 from ridgeline.study.pictures import save, tree_shapes
 
@@ -238,14 +240,20 @@ class Lab:
         return self.timed(f"batch {batch}, {shape}, verify", lambda: self.runner.run(plan))
 
     def draft(self, batch: int, nodes: int, deep: bool) -> None:
-        """The drafter's passes for such trees, level by level."""
+        """The drafter's passes for such trees: on the device where it can draft them so, else level by level."""
         growths = []
         for place in range(batch):
             request = Request(f"shape/{place}", [0] * (self.context + 1), 1, GREEDY, 1)
             blocks = self.tables[place % len(self.tables)]
             self.model.caught_up(request, blocks)
             growths.append(Growth(request, blocks, nodes))
-        for _ in range(nodes if deep else 1):
+        widths = (1,) * nodes if deep else (nodes,)
+        beams = self.model.beams
+        if beams is not None and len(widths) <= DEEPEST and widths[0] <= beams.children:
+            odds = [[0.5] * (len(EDGES) + 1)] * beams.children
+            if self.model.levels(growths, widths, odds) is not None:
+                widths = ()
+        for _ in widths:
             for growth, proposed in zip(growths, self.model.propose(growths, 1 if deep else nodes)):
                 extend(growth, proposed[0].tokens)
         for growth in growths:

@@ -384,11 +384,19 @@ def _by_round(runs: Sequence[Run], groups: int) -> list[float]:
     return [sum(one.tokens for one in part) / sum(one.decode_s for one in part) for part in rounds]
 
 
-def bound(counts: Counts, requests: int, target: Price, draft: Price, plain: Price | None = None) -> Sizes:
+def bound(
+    counts: Counts,
+    requests: int,
+    target: Price,
+    draft: Price,
+    plain: Price | None = None,
+    level_s: float | None = None,
+) -> Sizes:
     """The most tokens a second that trees can make by the sizer's own formula: with chances as they were counted, at
-    given seconds by rows of the target's step with trees (and without: plain), and of a pass of drafting."""
+    given seconds by rows of the target's step with trees (and without: plain), of a pass of drafting, and of a level of
+    drafts on the device, if that is where they are made."""
     shape = likeliest(counts.chance, WIDTH, DEEPEST, CONSIDERED)
-    return choose_sizes(requests, 0, shape, DEEPEST, target, draft, plain=plain)
+    return choose_sizes(requests, 0, shape, DEEPEST, target, draft, plain=plain, level_s=level_s)
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
