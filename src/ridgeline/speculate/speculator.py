@@ -35,7 +35,8 @@ CONSIDERED = 64
 """Nodes of a request's tree, when the sizer decides."""
 
 ROOM = 2
-"""A request may have so many times the nodes that the sizer counts with: what is drafted decides, node by node."""
+"""A request may have so many times the nodes that the sizer counts with, unless rows become dearer there: what is
+drafted decides, node by node."""
 
 BREADTH = 16
 """Nodes of a level, at most, behind which a tree grows on."""
@@ -230,7 +231,7 @@ class Speculator:
             if sizes.depth:
                 self._without = 0
                 shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
-                most = min(MOST_NODES, ROOM * sizes.nodes) if shaped else sizes.nodes
+                most = min(MOST_NODES, ROOM * sizes.nodes) if shaped and not sizes.ends_at_a_jump else sizes.nodes
                 growing = []
                 left = self.most_rows - len(chosen)
                 levels = self._levels(len(candidates), sizes)

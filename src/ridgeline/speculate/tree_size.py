@@ -77,6 +77,7 @@ class Sizes:
 
     depth: levels to draft; nodes: of a request's tree. tokens_per_s: expected, against `plain_per_s` without
     trees. node_s: seconds that one more node costs; level_s: that one more level of drafting costs a request.
+    least: the chance of the last node that was worth its place.
     """
 
     depth: int
@@ -85,11 +86,18 @@ class Sizes:
     plain_per_s: float
     node_s: float
     level_s: float
+    least: float = 1.0
 
     @property
     def least_chance(self) -> float:
-        """A node below this chance costs more time than it is worth."""
-        return min(1.0, self.tokens_per_s * self.node_s)
+        """A node below this chance costs more time than it is worth. What the choice counted with is worth it, also
+        where the next node would cost far more: rows become dearer in jumps."""
+        return min(self.least, self.tokens_per_s * self.node_s)
+
+    @property
+    def ends_at_a_jump(self) -> bool:
+        """Whether one more node would cost more than the last one was worth."""
+        return self.tokens_per_s * self.node_s > self.least
 
     @property
     def least_path(self) -> float:
@@ -118,7 +126,7 @@ def choose_sizes(
     """
     plain_s = (plain or target)(requests + other_rows)
     plain_per_s = requests / plain_s
-    best = (plain_per_s, 0, 0)
+    best = (plain_per_s, 0, 0, 1.0)
     first_s = draft(requests)
     for depth in range(1, deepest + 1):
         if depth > best[1] + PATIENCE:
@@ -145,12 +153,13 @@ def choose_sizes(
                 continue  # a smaller depth has it
             rate = requests * expected / (target(requests * (place + 2) + other_rows) + drafting_s)
             if rate > best[0]:
-                best = (rate, depth, place + 1)
+                best = (rate, depth, place + 1, tree.values[place])
             if rate < HOPELESS * highest:
                 break
             highest = max(highest, rate)
-    rate, depth, nodes = best
+    rate, depth, nodes, least = best
     rows = requests * (1 + nodes) + other_rows
     step = max(1, requests * nodes // 4)
     node_s = max(0.0, (target(rows + step) - target(rows)) / step)
-    return Sizes(depth, nodes, rate, plain_per_s, node_s, (draft(requests) if level_s is None else level_s) / requests)
+    each = (draft(requests) if level_s is None else level_s) / requests
+    return Sizes(depth, nodes, rate, plain_per_s, node_s, each, least)
