@@ -3,7 +3,8 @@
 Every cell (batch x context) is one CUDA graph of N calls over N distinct copies of the keys, pages shuffled, together
 at least four times the L2 cache; the time is the graph's over N, the median of alternating rounds, all sides alike.
 N is 64 where that fits in memory and in 60 ms. A second column has no graph. Then the kernel's trees: 32 and 64 nodes
-verified over a prefix of 8k at batch 1, beside one token.
+verified over a prefix of 8k at batch 1, beside one token. --variants and --tree-variants add sides of our own to both,
+paired with the kernel as it is, round by round.
 
 Peers are those of `ridgeline bench attention`: torch's cuDNN and FlashAttention-2 over contiguous keys, and
 FlashAttention-3 and FlashInfer over pages where they are given (FA3_LIBRARY, PYTHONPATH).
@@ -17,13 +18,18 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from benchmarks.record import Record, interval, losing, parser
+from benchmarks.record import Record, interval, losing, parser, ratios
+from ridgeline.core.errors import KernelRefused
 from ridgeline.core.step import Spans
-from ridgeline.kernels.cuda import decode, split
+from ridgeline.kernels.cuda import decode, decode_wide, split
 from ridgeline.kernels.cuda.decode import attention_decode
 from ridgeline.ops.attention_call import Call
 from ridgeline.study.attention import peers
@@ -39,6 +45,10 @@ LEAST_RATES = {(32, 4096): 4.1, (64, 4096): 4.1, (256, 2048): 4.1, (1, 131072): 
 MOST_US = {(1, 1024): 9.0, (1, 8192): 15.0}
 TREES = {32: 1.3, 64: 2.0}
 """Nodes over a prefix of 8k -> how many times one token's time they may take."""
+VARIANTS = {shares: replace(decode.PLANS[HEAD_DIM], shares=shares) for shares in ("even", "whole")}
+"""Of decode.cu: shares that differ by up to a tile; and shares that are a little larger, but hold whole requests."""
+TREE_VARIANTS = {"launches": (1, 64), "4": (4, 128), "8": (8, 128), "8-short": (8, 64), "16": (16, 128)}
+"""Of decode_wide.cu: most blocks of a cluster (1: a second launch adds the pieces up), keys of a block's tile."""
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
@@ -57,6 +67,8 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--peers", nargs="+", default=["cudnn", "fa2", "fa3", "flashinfer"])
     result.add_argument("--memory-gb", type=float, default=100, help="of keys and values")
     result.add_argument("--no-trees", action="store_true")
+    result.add_argument("--variants", nargs="*", default=[], choices=list(VARIANTS), help="of decode.cu, beside it")
+    result.add_argument("--tree-variants", nargs="*", default=[], choices=list(TREE_VARIANTS), help="of decode_wide.cu")
     plan = ("KEYS", "STAGES", "WARPS", "BLOCKS")
     result.add_argument("--plan", type=int, nargs=4, metavar=plan, help="of decode.cu, instead of its own")
     return result
@@ -92,7 +104,7 @@ def measure(options: argparse.Namespace) -> Record:
     record.table(
         "Decode, in one CUDA graph and without",
         ["batch x context", "copies", "µs", "TB/s", *(f"{name} µs" for name in rivals), "best peer ÷ ours",
-         "no graph: µs", *(f"{name} µs" for name in rivals)],
+         "no graph: µs", *(f"{name} µs" for name in rivals), *(f"ours over {name}" for name in options.variants)],
         rows,
     )  # fmt: skip
     if not options.no_trees:
@@ -106,6 +118,13 @@ def cell(
     case = Case("decode", batch, HEADS, KV_HEADS, HEAD_DIM, 1, context, True, "bfloat16", PAGE)
     copies = list(calls(pool, batch, context))
     sides = {OURS: Works([bound(call) for call in copies])}
+    variants = record.options.variants
+    for name in variants:
+        sides[name] = Works(
+            [under(partial(patch.dict, decode.PLANS, {HEAD_DIM: VARIANTS[name]}), call) for call in copies]
+        )
+        difference = (sides[name].calls[0]().float() - sides[OURS].calls[0]().float()).abs().max().item()
+        assert difference < 0.02, f"{label_of(batch, context)}: {name} is {difference} away"
     times: dict[str, dict[bool, list[float]]] = {}
     for name, peer in rivals.items():
         try:
@@ -124,14 +143,16 @@ def cell(
             times.setdefault(name, {})[graph] = seconds
     kv_bytes = batch * context * PAGE_BYTES // PAGE
     mine = interval([one * 1e6 for one in times[OURS][True]])
-    best = min((interval(found[True]).median for name, found in times.items() if name != OURS), default=float("inf"))
+    best = min((interval(times[name][True]).median for name in rivals if name in times), default=float("inf"))
     ratio = best * 1e6 / mine.median
     rate = kv_bytes / mine.median / 1e6
-    label = f"{batch} x {context}"
+    label = label_of(batch, context)
+    over = {name: ratios(times[OURS][True], times[name][True]) for name in variants if True in times.get(name, {})}
     record.timings[label] = {
         name: {"graph_s": found.get(True), "eager_s": found.get(False)} for name, found in times.items()
     }
     record.summary[label] = {"µs": mine, "tb_per_s": rate, "best_peer_over_ours": ratio, "copies": len(copies)}
+    record.summary[label]["ours_over_variants"] = over
     if rivals:
         record.target(f"decode {label}", "≥ the best peer", f"{ratio:.3f}×", ratio >= 1)
     if (batch, context) in LEAST_RATES:
@@ -155,7 +176,22 @@ def cell(
         losing(f"{ratio:.3f}", ratio < 1),
         shown(OURS, False),
         *(shown(name, False) for name in rivals),
+        *(over[name].show(".3f") if name in over else "–" for name in variants),
     ]
+
+
+def label_of(batch: int, context: int) -> str:
+    return f"{batch} x {context}"
+
+
+def under(change: Callable[[], AbstractContextManager[Any]], call: Call) -> Callable[[], Any]:
+    """The call with a table of the kernel's changed while it is made."""
+
+    def changed() -> Any:
+        with change():
+            return attention_decode(*call)
+
+    return changed
 
 
 def bound(call: Call) -> Callable[[], Any]:
@@ -199,17 +235,34 @@ def _with_tree(call: Call, batch: int, rows: int, words: int) -> Call:
 
 def trees(record: Record, pool: list[torch.Tensor]) -> None:
     """Verifying trees over a prefix of 8k at batch 1, in one graph, beside one token."""
-    sizes = {1: Works([bound(call) for call in calls(pool, 1, 8192)])}
+    works = {"1": Works([bound(call) for call in calls(pool, 1, 8192)])}
     for nodes in TREES:
-        sizes[nodes] = Works([bound(call) for call in calls(pool, 1, 8192, nodes, -(-nodes // 32))])
-    arms = {str(nodes): on_cuda(works, len(works.calls), True) for nodes, works in sizes.items()}
+        copies = calls(pool, 1, 8192, nodes, -(-nodes // 32))
+        works[str(nodes)] = Works([bound(call) for call in copies])
+        expected = attention_decode(*copies[0]).float()
+        for name in record.options.tree_variants:
+            blocks, tile = TREE_VARIANTS[name]
+            change = partial(patch.multiple, decode_wide, MOST_BLOCKS=blocks, CLUSTER_TILE=tile)
+            side = Works([under(change, call) for call in copies])
+            try:
+                difference = (side.calls[0]().float() - expected).abs().max().item()
+            except KernelRefused as refusal:
+                record.note(f"trees of {nodes}, {name}: {refusal}")
+                continue
+            assert difference < 0.02, f"trees of {nodes}: {name} is {difference} away"
+            works[f"{nodes} {name}"] = side
+    arms = {name: on_cuda(side, len(side.calls), True) for name, side in works.items()}
     times = alternate(arms, record.options.rounds)
     found = {name: interval([one * 1e6 for one in seconds]) for name, seconds in times.items()}
     rows = []
-    for nodes, most in TREES.items():
-        ratio = found[str(nodes)].median / found["1"].median
-        rows.append([str(nodes), found[str(nodes)].show(), losing(f"{ratio:.2f}", ratio > most), f"{most:g}"])
-        record.target(f"tree of {nodes} nodes over 8k", f"≤ {most:g}× of one token", f"{ratio:.2f}×", ratio <= most)
+    for name in list(works)[1:]:
+        most = TREES[int(name.split()[0])]
+        ratio = ratios(times[name], times["1"])
+        rows.append([name, found[name].show(), losing(ratio.show(".2f"), ratio.median > most), f"{most:g}"])
+        if name.isdigit():
+            got = f"{ratio.median:.2f}×"
+            record.target(f"tree of {name} nodes over 8k", f"≤ {most:g}× of one token", got, ratio.median <= most)
+    record.timings["trees"] = times
     record.summary["trees"] = found
     title = f"Trees over 8k at batch 1 (one token: {found['1'].show()} µs)"
     record.table(title, ["nodes", "µs", "÷ one token", "at most"], rows)

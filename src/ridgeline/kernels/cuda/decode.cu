@@ -12,7 +12,8 @@
 // (cp.async), across the borders of items, and meets the other warps only at the end of an item. All rows of a tile
 // (query heads that share the KV head, times tokens) are rows of each warp's mma.sync products.
 //
-// Defines: HALF (fp16, otherwise bf16), HEAD_DIM, KEYS (of a warp's step), STAGES, WARPS, BLOCKS (an SM).
+// Defines: HALF (fp16, otherwise bf16), HEAD_DIM, KEYS (of a warp's step), STAGES, WARPS, BLOCKS (an SM), SHARES
+// (split.cuh).
 
 #include "split.cuh"
 
@@ -353,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(CALL_PARAME
       }
       __syncthreads();
     }
-    if (target.pieces > 1 && came_last<ROWS>(call, work, target, plan)) {
+    if (target.pieces > 1 && came_last<ROWS>(call, work, target, plan, [] { __syncthreads(); })) {
       for (int row = warp; row < live; row += WARPS) target.add_up<ROWS>(call, work, row);
     }
   }

@@ -9,7 +9,7 @@ of rows for one KV head) that several blocks share is put together by the one th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -26,19 +26,25 @@ from ridgeline.ops.op import cuda
 
 FILE = "decode.cu"
 
+SHARES = ("equal", "even", "whole")
+"""As split.cuh numbers them. equal: as small as may be; even: they differ by up to a tile, where equal ones would cut
+requests; whole: a little larger than equal, if that cuts fewer."""
+
 SPLIT_KEYS = 1024
 """Of a fixed piece, unless a caller asks for another number."""
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """How decode.cu is compiled: keys that a warp takes at once, steps in its ring, warps, blocks an SM."""
+    """How decode.cu is compiled: keys that a warp takes at once, steps in its ring, warps, blocks an SM, and which of
+    SHARES blocks get."""
 
     head_dim: int
     keys: int
     stages: int
     warps: int
     blocks: int
+    shares: str = "equal"
 
     rows: ClassVar[int] = 16
 
@@ -65,6 +71,7 @@ class Narrow:
             "STAGES": self.stages,
             "WARPS": self.warps,
             "BLOCKS": self.blocks,
+            "SHARES": SHARES.index(self.shares),
         }
 
 
@@ -104,10 +111,11 @@ def _narrow(machine: split.Machine, head_dim: int) -> Narrow:
 
 
 def _plan(machine: split.Machine, call: Call, split_keys: int | None) -> Narrow | decode_wide.Wide:
-    """From shapes alone: rows of a request on average, head dim, page. With fixed pieces, from the head dim alone."""
+    """From shapes alone: rows of a request on average, head dim, page, requests, KV heads. With fixed pieces, from the
+    head dim alone."""
     head_dim, rows = call.q.shape[2], -(-call.q.shape[0] // call.lengths.shape[0]) * call.group
     if rows > Narrow.rows and call.k.shape[0] and split_keys is None:
-        wide = decode_wide.plan(machine, head_dim, rows, call.page)
+        wide = decode_wide.choose(machine, head_dim, rows, call.page, call.lengths.shape[0], call.k.shape[1])
         if wide is not None:
             return wide
     return _narrow(machine, head_dim)
@@ -196,13 +204,13 @@ MACHINES = {
 
 def _defines(choice: Mapping[str, int | str]) -> Defines:
     plan = _narrow(MACHINES[str(choice["machine"])], int(choice["HEAD_DIM"]))
-    return {"HALF": choice["HALF"], **plan.defines()}
+    return {"HALF": choice["HALF"], **replace(plan, shares=str(choice["shares"])).defines()}
 
 
 INSTANCES = Instances(
     FILE,
     tuple(MACHINES),
-    {"HALF": (0, 1), "HEAD_DIM": LIMITS.head_dims, "machine": tuple(MACHINES)},
+    {"HALF": (0, 1), "HEAD_DIM": LIMITS.head_dims, "machine": tuple(MACHINES), "shares": SHARES},
     defines=_defines,
     exists=lambda choice: choice["machine"] == choice["architecture"],
     spill_bytes=lambda choice: 64 if choice["HEAD_DIM"] == 256 else 16,
