@@ -142,7 +142,7 @@ def test_tiles_fit_a_multiprocessor(dim: int) -> None:
         assert 128 * (copying + tile.warpgroups * multiplying) <= 65536
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_a_row_of_one_key_is_its_values(dtype: torch.dtype, sinks: bool) -> None:
