@@ -140,20 +140,3 @@ def test_tiles_fit_a_multiprocessor(dim: int) -> None:
         assert tile.shared_bytes(dim) <= 232448
         copying, multiplying = tile.registers
         assert 128 * (copying + tile.warpgroups * multiplying) <= 65536
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_a_row_of_one_key_is_its_values(dtype: torch.dtype, sinks: bool) -> None:
-    """To the bit, whatever its weight is rounded to; also beside a sink that weighs nothing."""
-    ones = (1,) * 300
-    arguments = dict(
-        attention_inputs("cuda", dtype, 4, 2, 64, None, None, ones, ones, sinks=sinks, return_lse=not sinks)
-    )
-    if sinks:
-        arguments["sinks"] = torch.full_like(arguments["sinks"], -1e4)
-    result = attention_sm90.attention_sm90(**arguments)
-    out = result if isinstance(result, torch.Tensor) else result[0]
-    values = arguments["v"][arguments["key_starts"][:300].long()]
-    assert torch.equal(out, values.repeat_interleave(2, 1))

@@ -16,9 +16,7 @@
 //
 // The anchor of a row's exponents need not be its peak: it is zero, or the peak of an earlier block, until the peak is
 // found to have left the range in which 16 bit weights are as good; then the block's weights are taken again, and sums
-// shrink. So exponentials wait for no maximum, and sums are hardly ever scaled. Without a peak for an anchor no weight is
-// exactly 1, and rounding moves the heaviest one, too; the sum that a row is divided by is therefore that of the rounded
-// weights. Else a row of a single key would not be that key's values.
+// shrink. So exponentials wait for no maximum, and sums are hardly ever scaled.
 //
 // Defines (all of them): HEAD_DIM 64, 96, 128, 192, 256; HALF; WARPGROUPS (that multiply), TILE_N, STAGES (of K and V
 // each), Q_STAGES; CAUSAL, WINDOW, SOFTCAP, SINKS, TREE, LSE: 0 or 1; PAGE: keys of a page, 0 if they are contiguous;
@@ -378,9 +376,7 @@ struct Consumer {
     float sums[HEAD_DIM / 2];
     float scores[TILE_N / 2];
     unsigned weights[TILE_N / 4];
-    float peak[2];
-    // Sums of weights: as the values are multiplied by them, of 16 bits; LSE: and as they were before, for logarithms.
-    float total[LSE ? 4 : 2];
+    float peak[2], total[2];
     Ring<STAGES> k_ring{}, v_ring{};
     Ring<Q_STAGES> q_ring{};
     unsigned q_address, q_empty;
@@ -543,7 +539,7 @@ struct Consumer {
     template <bool FIRST>
     __device__ __forceinline__ bool quick_softmax(unsigned (&next)[TILE_N / 4]) {
         const float unit = SOFTCAP ? given.cap : given.scale;
-        float sums_here[2][2] = {}, whole[2][2] = {}, best[2][2];
+        float sums_here[2][2] = {}, best[2][2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) best[r][0] = best[r][1] = -INFINITE;
         const float anchor[2] = {FIRST ? 0.0f : peak[0] * unit, FIRST ? 0.0f : peak[1] * unit};
@@ -557,12 +553,9 @@ struct Consumer {
                     const float score = scores[4 * b + 2 * r + e];
                     best[r][e] = fmaxf(best[r][e], score);
                     power[e] = exp2_unit(fmaf(score, unit, -anchor[r]));
-                    if (LSE) whole[r][e] += power[e];
+                    sums_here[r][e] += power[e];
                 }
-                const unsigned both = pack(power[0], power[1]);
-                sums_here[r][0] += unpack<false>(both);
-                sums_here[r][1] += unpack<true>(both);
-                next[2 * b + r] = both;
+                next[2 * b + r] = pack(power[0], power[1]);
             }
         }
         bool right = true;
@@ -582,10 +575,6 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) {
             const float sum = sums_here[r][0] + sums_here[r][1];
             total[r] = FIRST ? sum : total[r] + sum;
-            if (LSE) {
-                const float before = whole[r][0] + whole[r][1];
-                total[LSE * 2 + r] = FIRST ? before : total[LSE * 2 + r] + before;
-            }
             if (FIRST) peak[r] = 0.0f;
         }
         return true;
@@ -611,29 +600,24 @@ struct Consumer {
             // A row that has seen nothing yet has no peak: -inf - -inf would be NaN.
             const float anchor = best == -INFINITE ? 0.0f : best * unit;
             if (FIRST) {
-                total[r] = total[LSE * 2 + r] = 0.0f;
+                total[r] = 0.0f;
             } else {
                 shrink[r] = best == peak[r] ? 1.0f : exp2_unit((peak[r] - best) * unit);
                 total[r] *= shrink[r];
-                if (LSE) total[LSE * 2 + r] *= shrink[r];
             }
             peak[r] = best;
-            float sum[2] = {}, whole[2] = {};
+            float sum[2] = {};
 #pragma unroll
             for (int b = 0; b < TILE_N / 8; ++b) {
                 float power[2];
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     power[e] = exp2_unit(fmaf(scores[4 * b + 2 * r + e], unit, -anchor));
-                    if (LSE) whole[e] += power[e];
+                    sum[e] += power[e];
                 }
-                const unsigned both = pack(power[0], power[1]);
-                sum[0] += unpack<false>(both);
-                sum[1] += unpack<true>(both);
-                next[2 * b + r] = both;
+                next[2 * b + r] = pack(power[0], power[1]);
             }
             total[r] += sum[0] + sum[1];
-            if (LSE) total[LSE * 2 + r] += whole[0] + whole[1];
         }
     }
 
@@ -690,10 +674,7 @@ struct Consumer {
         if (n == bottom) release(q_empty);
         cap();
         mask(work, n);
-        const float last_peak[2] = {peak[0], peak[1]};
-        float last_total[LSE ? 4 : 2];
-#pragma unroll
-        for (int i = 0; i < (LSE ? 4 : 2); ++i) last_total[i] = total[i];
+        const float last_peak[2] = {peak[0], peak[1]}, last_total[2] = {total[0], total[1]};
         unsigned next[TILE_N / 4];
         float none[2];
         if (!quick_softmax<true>(next)) careful_softmax<true>(next, none);
@@ -715,39 +696,30 @@ struct Consumer {
         more = 0;
     }
 
-    // A sum over the four threads that share a row.
-    static __device__ __forceinline__ float of_row(float part) {
-        part += __shfl_xor_sync(ALL, part, 1);
-        return part + __shfl_xor_sync(ALL, part, 2);
-    }
-
-    // To base 2, of a row's sum of weights against an anchor, the sink's among them.
-    __device__ __forceinline__ float logarithm(float all, float anchor, const Work& work) const {
-        const float log = all == 0.0f ? -INFINITE : anchor + log2_unit(all);
-        if (!SINKS) return log;
-        const float sink = given.sinks[work.head] * LOG2_E;
-        const float most = fmaxf(log, sink);
-        return most + log2_unit(exp2_unit(log - most) + exp2_unit(sink - most));
-    }
-
     // Divides by the sum of weights and writes a tile: four neighbouring threads exchange their columns, so that each
     // stores 16 bytes of a row.
     __device__ __forceinline__ void finish(
-        const Work& work, const float (&last_peak)[2], const float (&last_total)[LSE ? 4 : 2], void* out, float* lse) {
+        const Work& work, const float (&last_peak)[2], const float (&last_total)[2], void* out, float* lse) {
         const float unit = SOFTCAP ? given.cap : given.scale;
         const int lane = thread % 32;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float all = of_row(last_total[r]);
+            float all = last_total[r];
+            all += __shfl_xor_sync(ALL, all, 1);
+            all += __shfl_xor_sync(ALL, all, 2);
             const int at = group * ROWS + row(r);
             const bool live = at < work.rows;
             const long long place = (long long)(work.token + at) * given.heads + work.head;
             float inverse = all == 0.0f ? 0.0f : inverse_unit(all);
-            if (SINKS && all != 0.0f) inverse = exp2_unit(last_peak[r] * unit - logarithm(all, last_peak[r] * unit, work));
-            if (LSE) {
-                const float log = logarithm(of_row(last_total[LSE * 2 + r]), last_peak[r] * unit, work);
-                if (live && lane % 4 == 0) lse[place] = log * LN_2;
+            float log = all == 0.0f ? -INFINITE : last_peak[r] * unit + log2_unit(all);  // to base 2
+            if (SINKS) {
+                const float sink = given.sinks[work.head] * LOG2_E;
+                const float most = fmaxf(log, sink);
+                const float joint = most + log2_unit(exp2_unit(log - most) + exp2_unit(sink - most));
+                inverse = all == 0.0f ? 0.0f : exp2_unit(last_peak[r] * unit - joint);
+                log = joint;
             }
+            if (LSE && live && lane % 4 == 0) lse[place] = log * LN_2;
             store(out, place, live, inverse, r);
         }
     }

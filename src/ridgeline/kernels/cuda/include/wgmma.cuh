@@ -65,19 +65,6 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
     return both;
 }
 
-// One of the pair as a float.
-template <bool HIGH>
-__device__ __forceinline__ float unpack(unsigned both) {
-#if HALF
-    const unsigned short bits = HIGH ? both >> 16 : both & 0xffffu;
-    float one;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(one) : "h"(bits));
-    return one;
-#else
-    return __uint_as_float(HIGH ? both & 0xffff0000u : both << 16);
-#endif
-}
-
 // ss: A (K-major) and B (K-major) in shared memory. rs: A in registers, B (MN-major) in shared memory.
 // more = 0 starts from zero instead of adding to d.
 template <int N>
