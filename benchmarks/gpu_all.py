@@ -117,7 +117,7 @@ STEPS = (
          benchmark("attention", "sweep", "--counters", "--head-dim", "128", "--sequence", "512", "4096", "--name",
                    "attention-bytes")),
     Step("memory", 1, "memory against length", benchmark("attention", "memory", "--name", "attention-memory")),
-    Step("linear", 2, "products of one token", benchmark("gpu_linear")),
+    Step("linear", 3, "products of one token and of few", benchmark("gpu_linear")),
     Step("feed-forward", 2, "feed-forward networks", benchmark("gpu_feed_forward")),
     Step("launch", 1, "launches and compiling", benchmark("gpu_launch")),
     Step("tests-slow", 8, "compute-sanitizer, and tests over five seconds", tests("gpu and slow", "tests")),

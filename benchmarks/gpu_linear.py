@@ -1,9 +1,9 @@
-"""Matrix products of one token on a GPU: tiles of `linear` and `gated_linear` beside cuBLAS.
+"""Matrix products of one and of few tokens on a GPU: tiles of `linear` and `gated_linear` beside cuBLAS.
 
 Each cell is a CUDA graph of calls over different weights, together far more than the L2 cache; its time is that of
-a call, and its rate the weight's bytes over that. The last table is a step's products in a row, all layers and
-the output projection, for some numbers of tokens. What kernels/triton/linear.py and mlp.py have as their tiles was
-chosen from these tables.
+a call, and its rate the weight's bytes over that. The second table is `linear` for 2 to 32 tokens: the plans of
+kernels/cuda/linear.py. The last one is a step's products in a row, all layers and the output projection, for some
+numbers of tokens. What kernels/triton/linear.py and mlp.py have as their tiles was chosen from these tables.
 
     PYTHONPATH=src python3 -m benchmarks.gpu_linear --out $OUT
 """
@@ -14,8 +14,10 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -23,6 +25,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.record import Record, interval, parser
+from ridgeline.kernels.cuda import linear as few_tokens
+from ridgeline.kernels.cuda import nvrtc
+from ridgeline.kernels.cuda.instances import SPILLS
+from ridgeline.kernels.cuda.linear import PLANS, Plan, eights_of, few, linear_cuda
+from ridgeline.kernels.cuda.split import machine
 from ridgeline.kernels.triton import linear, mlp
 from ridgeline.ops.weight import Weight
 
@@ -52,6 +59,17 @@ ONE = (
     (2, 1024, 8), (2, 2048, 4), (2, 2048, 8), (2, 4096, 8), (4, 1024, 8),
 )  # fmt: skip
 """Rows, inputs a step, warps."""
+FEW = (
+    Plan(32, 8, 4, True, 2), Plan(32, 8, 4, True, 2, early=True), Plan(32, 8, 4, True, 2, split=2),
+    Plan(32, 4, 8, True, 2), Plan(32, 8, 8, True, 1), Plan(32, 8, 2, True, 3), Plan(32, 8, 4, True, 1),
+    Plan(16, 8, 8, True, 2), Plan(16, 4, 8, True, 4), Plan(64, 4, 4, True, 2), Plan(64, 4, 4, True, 2, early=True),
+    Plan(64, 4, 4, True, 2, split=4), Plan(64, 8, 2, True, 2), Plan(64, 8, 4, True, 1),
+    Plan(32, 8, 4, False, 2), Plan(32, 4, 4, False, 4), Plan(32, 16, 4, False, 1), Plan(32, 8, 4, False, 1),
+    Plan(16, 8, 8, False, 2), Plan(64, 4, 2, False, 3), Plan(64, 4, 2, False, 2), Plan(64, 8, 2, False, 1),
+    Plan(64, 4, 4, False, 2), Plan(32, 8, 2, False, 2),
+)  # fmt: skip
+"""Plans of `linear` for few tokens; those that spill or do not fit are passed over."""
+REGISTERS = {1: Plan(32, 8, 4, False, 2), 2: Plan(64, 4, 2, False, 2), 4: Plan(64, 4, 2, False, 2)}
 REPEATS = 15
 SPAN_BYTES = 600 << 20
 
@@ -66,15 +84,28 @@ def main(argv: Sequence[str] | None = None) -> Record:
 def arguments() -> argparse.ArgumentParser:
     result = parser(__doc__ or "", rounds=1)
     result.add_argument("--workers", type=int, default=14, help="processes that compile")
-    result.add_argument("--chain", type=int, nargs="+", default=[1, 2, 8, 16, 64], help="tokens of the last table")
+    result.add_argument("--few", type=int, nargs="*", default=[2, 4, 8, 16, 32], help="tokens of the second table")
+    result.add_argument("--only-few", action="store_true", help="leave the first table out")
+    result.add_argument(
+        "--chain", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="tokens of the last table"
+    )
     return result
 
 
 def measure(options: argparse.Namespace) -> Record:
     record = Record("gpu-linear", options)
+    if not options.only_few:
+        one_token(record, options.workers)
+    if options.few:
+        few_table(record, options.few, options.workers)
+    chain(record, options.chain)
+    return record
+
+
+def one_token(record: Record, workers: int) -> None:
     jobs = [(shape, tile) for shape in LLAMA_8B.values() for tile in ONE]
     began = time.perf_counter()
-    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for _ in pool.map(compile_one, jobs, chunksize=1):
             pass
     record.summary["compile_s"] = round(time.perf_counter() - began, 1)
@@ -85,8 +116,68 @@ def measure(options: argparse.Namespace) -> Record:
         shown = [*sorted(set(found) - {"cuBLAS"}, key=lambda one: found[one])[:6], "cuBLAS"]
         rows += [[name, one, f"{1e6 * found[one]:.1f}", f"{shape.nbytes / found[one] / 1e12:.2f}"] for one in shown]
     record.table("One token", ["product", "rows, inputs, warps", "µs", "TB/s"], rows)
-    chain(record, options.chain)
-    return record
+
+
+def few_table(record: Record, tokens: Sequence[int], workers: int) -> None:
+    """`linear` for few tokens: the best plans of each product beside the one that serves and cuBLAS."""
+    usable = usable_plans({eights_of(count) for count in tokens}, workers)
+    rows = []
+    for name, shape in LLAMA_8B.items():
+        if shape.gated:
+            continue
+        weights = weights_of(shape)
+        for count in tokens:
+            found = few_cell(weights, count, usable[eights_of(count)])
+            record.summary[f"{name}, {count} tokens"] = found
+            best = sorted(set(found) - {"cuBLAS", "serves"}, key=lambda one: found[one])[:5]
+            rows += [
+                [name, str(count), one, f"{1e6 * found[one]:.1f}", f"{shape.nbytes / found[one] / 1e12:.2f}"]
+                for one in ("cuBLAS", "serves", *best)
+            ]
+        del weights
+    record.table("Few tokens", ["product", "tokens", "plan", "µs", "TB/s"], rows)
+
+
+def usable_plans(eights: set[int], workers: int) -> dict[int, list[Plan]]:
+    """Plans that fit this GPU and spill nothing, compiled, by eights of tokens."""
+    gpu, arch = machine(torch.cuda.current_device()), nvrtc.architecture(torch.cuda.current_device())
+    jobs = [(one, plan) for one in sorted(eights) for plan in FEW if gpu.holds(plan.shared_bytes(one), plan.blocks)]
+
+    def spilled(job: tuple[int, Plan]) -> int:
+        one, plan = job
+        log = nvrtc.compile(few_tokens.FILE, {"BF16": 1, **plan.defines(one)}, arch).log
+        return max(map(int, SPILLS.findall(log)), default=0)
+
+    with ThreadPoolExecutor(workers) as pool:
+        spills = list(pool.map(spilled, jobs))
+    return {
+        one: [plan for (number, plan), bytes_ in zip(jobs, spills) if number == one and not bytes_] for one in eights
+    }
+
+
+def label(plan: Plan) -> str:
+    """Rows, warps, steps under way and where, blocks an SM, and what else is not as usual."""
+    parts = [f"{plan.rows} rows {plan.warps} warps {plan.depth} {'ring' if plan.ring else 'registers'} x{plan.blocks}"]
+    return " ".join([*parts, *(["early"] if plan.early else []), *([f"split {plan.split}"] if plan.split else [])])
+
+
+def few_cell(weights: Sequence[Weight], tokens: int, plans: Sequence[Plan]) -> dict[str, float]:
+    """Seconds of a call by plan."""
+    x = torch.randn(tokens, weights[0].in_features, device="cuda", dtype=torch.bfloat16)
+    ways: dict[str, Callable[[torch.Tensor, Weight], torch.Tensor]] = {"cuBLAS": cublas, "serves": linear_cuda}
+    ways |= {label(plan): partial(few, plan) for plan in plans}
+    return {
+        name: replayed(lambda way=way: [way(x, weight) for weight in weights]) / len(weights)
+        for name, way in ways.items()
+    }
+
+
+def weights_of(shape: Shape) -> list[Weight]:
+    """Different weights of a shape, together far more than the L2 cache."""
+    return [
+        Weight.dense_from(torch.randn(shape.outputs, shape.inputs, device="cuda", dtype=torch.bfloat16))
+        for _ in range(max(4, SPAN_BYTES // shape.nbytes))
+    ]
 
 
 @contextmanager
@@ -123,15 +214,11 @@ def compile_one(job: tuple[Shape, tuple[int, int, int]]) -> None:
 
 def cell(shape: Shape) -> dict[str, float]:
     """Seconds of a call by tile."""
-    count = max(4, SPAN_BYTES // shape.nbytes)
-    weights = [
-        Weight.dense_from(torch.randn(shape.outputs, shape.inputs, device="cuda", dtype=torch.bfloat16))
-        for _ in range(count)
-    ]
+    weights = weights_of(shape)
     x = torch.randn(1, shape.inputs, device="cuda", dtype=torch.bfloat16)
 
     def timed(call: Callable[[torch.Tensor, Weight], torch.Tensor]) -> float:
-        return replayed(lambda: [call(x, weight) for weight in weights]) / count
+        return replayed(lambda: [call(x, weight) for weight in weights]) / len(weights)
 
     found = {}
     for tile in ONE:
@@ -189,7 +276,7 @@ def chain(record: Record, tokens: Sequence[int]) -> None:
 
 
 def products(tokens: int, layers: Sequence[dict[str, Weight]], head: Weight) -> dict[str, float]:
-    """Seconds of a step's products, three ways."""
+    """Seconds of a step's products, several ways; `cuda` differs from `triton` for 2 to 32 tokens alone."""
     x = torch.randn(tokens, head.in_features, device="cuda", dtype=torch.bfloat16)
 
     def step(product: Callable[..., torch.Tensor], gated: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -199,11 +286,16 @@ def products(tokens: int, layers: Sequence[dict[str, Weight]], head: Weight) -> 
             y = product(gated(y, layer["gate_up"]), layer["down"])
         return product(y, head)
 
-    ours = (linear.linear_triton, mlp.gated_linear_triton)
-    times = {"cuBLAS": replayed(lambda: step(cublas, gated_library)), "ours": replayed(lambda: step(*ours))}
+    triton = partial(step, linear.linear_triton, mlp.gated_linear_triton)
+    times = {"cuBLAS": replayed(partial(step, cublas, gated_library)), "triton": replayed(triton)}
     alone = {"EARLY": False}
     with patch.object(linear, "dependent", lambda _: alone), patch.object(mlp, "dependent", lambda _: alone):
-        times["ours, each after the other"] = replayed(lambda: step(*ours))
+        times["triton, each after the other"] = replayed(triton)
+    if few_tokens.FEWEST <= tokens <= few_tokens.MOST:
+        early = {eights: replace(plan, early=True) for eights, plan in PLANS.items()}
+        for name, plans in (("cuda", PLANS), ("cuda, next at the start", early), ("cuda, registers", REGISTERS)):
+            with patch.dict(PLANS, plans):
+                times[name] = replayed(partial(step, linear_cuda, mlp.gated_linear_triton))
     return times
 
 

@@ -1,4 +1,4 @@
-"""Small calls of one kernel of attention, to be run under compute-sanitizer:
+"""Small calls of one CUDA kernel, to be run under compute-sanitizer:
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 tests/kernels/cuda/cuda_sanitize.py v2
 """
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from ridgeline.kernels.cuda import decode, decode_wide, merge
+from ridgeline.kernels.cuda import decode, decode_wide, linear, merge
 from ridgeline.ops.attention import attention, attention_inputs
+from ridgeline.ops.weight import Weight
 
 NEW, VISIBLE, TAILS = (1, 70, 5, 0, 33), (1, 130, 3, 9, 200), (1, 40, 0, 0, 20)
 FEW, FEW_VISIBLE, FEW_TAILS = (1, 2, 1, 0, 3), (1, 130, 3, 9, 500), (1, 2, 0, 0, 3)
@@ -95,11 +96,26 @@ def merged() -> int:
     return calls
 
 
+def few_tokens() -> int:
+    """Rows and tokens past the end, inputs that end inside of a run, one block a row and several."""
+    calls, splits = 0, (1, 4) if torch.cuda.get_device_capability() >= (9, 0) else (1,)
+    for tokens, outputs, inputs in ((2, 3, 8), (7, 77, 1032), (13, 130, 2056), (29, 65, 2048)):
+        x = torch.randn(tokens, inputs, device="cuda").bfloat16()
+        weight = Weight.dense_from(torch.randn(outputs, inputs, device="cuda").bfloat16())
+        bias = torch.randn(outputs, device="cuda").bfloat16()
+        for split in splits:
+            for ring in (False, True):
+                linear.few(linear.Plan(32, 4, 4, ring, 1, split=split), x, weight, bias, "silu")
+                calls += 1
+    return calls
+
+
 CASES: dict[str, Callable[[], int]] = {
     **{name: partial(rung, name) for name in ("v1", "v2", "sm90")},
     "decode": narrow,
     "decode_wide": wide,
     "merge": merged,
+    "linear": few_tokens,
 }
 
 

@@ -1,4 +1,4 @@
-"""compute-sanitizer finds no bad access and no race in small calls of each CUDA kernel of attention."""
+"""compute-sanitizer finds no bad access and no race in small calls of each CUDA kernel."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ KERNELS = {
     "decode_wide": "decode_wide",
     "add_pieces": "decode_wide",
     "merge": "merge",
+    "linear_few": "linear",
 }
 """A kernel's name -> what cuda_sanitize.py calls it."""
 HOPPER = ("attention_sm90", "decode_wide", "add_pieces")
