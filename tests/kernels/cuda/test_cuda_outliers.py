@@ -10,9 +10,9 @@ from ridgeline.study.attention.cases import Case
 
 pytestmark = pytest.mark.gpu
 BESIDE_FA2 = {"v1": 1.2, "v2": 1.2, "sm90": 1.4, "triton": 1.2, "decode": 1.2}
-"""Most that a rung's error may be beside FlashAttention-2's. sm90 anchors exponents at zero, so that no weight is exact;
-dividing by the sum of rounded weights mends that and costs up to 13 % of its time (docs/log.md), for a third of an error
-that is still a fraction of standard attention's."""
+"""Most that a rung's error may be beside FlashAttention-2's. sm90 anchors exponents at zero, so no weight is exact;
+dividing by the sum of rounded weights mends that and costs up to 13 % of its time (docs/log.md), for a third of an
+error that is still a fraction of standard attention's."""
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
