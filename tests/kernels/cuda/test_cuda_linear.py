@@ -145,14 +145,14 @@ def test_one_token_and_many_are_not_for_this_kernel(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("dtype", "width", "invariant", "expected"),
     [
-        (torch.bfloat16, 64, False, "cuda"),
-        (torch.float16, 64, False, "cuda"),
+        (torch.bfloat16, 64, False, "few"),
+        (torch.float16, 64, False, "few"),
         (torch.bfloat16, 60, False, "triton"),
         (torch.float32, 64, False, "triton"),
-        (torch.bfloat16, 64, True, "cuda"),
+        (torch.bfloat16, 64, True, "few"),
     ],
 )
-def test_what_serves(
+def test_what_serves_where_it_is_asked_for(
     dtype: torch.dtype, width: int, invariant: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -161,7 +161,8 @@ def test_what_serves(
         weight = Weight.dense_from(torch.empty(16, width, dtype=dtype, device="meta"))
         ops.linear(torch.empty(2, width, dtype=dtype, device="meta"), weight)  # type: ignore[attr-defined]
 
-    table = selecting.select(torch.device("cuda"), trace, invariant=invariant)
+    assert {row.kernel for row in selecting.select(torch.device("cuda"), trace).rows} == {"triton"}
+    table = selecting.select(torch.device("cuda"), trace, rungs={"linear": ["few", "triton"]}, invariant=invariant)
     assert {row.kernel for row in table.rows} == {expected}
     if invariant:
         assert table.ops("decode").linear is product  # type: ignore[attr-defined]

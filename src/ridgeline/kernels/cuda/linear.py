@@ -2,6 +2,7 @@
 
 Knows dense weights, and how a product's rows and inputs are dealt to a GPU. It must not know which layer of a model
 it serves. Nothing is allocated but the result, so a captured step may hold it.
+No engine takes it by itself until a GPU has measured it: it is chosen by its name, {"linear": ["few"]}.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def _accepts(
     return None
 
 
-@linear.kernel("cuda", needs=cuda(80), accepts=_accepts, invariant=product)
+@linear.kernel("few", needs=cuda(80), accepts=_accepts, invariant=product)
 def linear_cuda(
     x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, activation: str | None = None
 ) -> torch.Tensor:
