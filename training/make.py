@@ -12,6 +12,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -313,7 +315,11 @@ def make_encode(arguments: argparse.Namespace) -> None:
 
 def make_second(arguments: argparse.Namespace) -> None:
     """Further small models, each beside the first: every kind on equally many steps and tokens, at most as many as the
-    first one had. A kind that is there already, as `results.json` says, is left as it is."""
+    first one had. A kind that is there already, as `results.json` says, is left as it is. With --gpus, kinds are
+    trained side by side."""
+    if arguments.gpus:
+        _second_side_by_side(arguments)
+        return
     device, work = chosen_device(), arguments.work
     prefer_attention(arguments.attention)
     target, first = (read_model(work / name, device) for name in ("target", "ssm"))
@@ -367,6 +373,50 @@ def make_second(arguments: argparse.Namespace) -> None:
             "continued_rows": len(continued),
         }
         record(work, "second", {**recorded(work).get("second", {}), label: content})
+
+
+LANES = "lanes"
+HANDED_ON = (
+    "rows", "row_tokens", "matrix_lr", "other_lr", "attention", "tuning_rate", "second_steps", "second_start"
+)  # fmt: skip
+
+
+def _second_side_by_side(arguments: argparse.Namespace) -> None:
+    """A process a GPU, each with some of the kinds, in a folder that shows the same inputs. RuntimeError if one fails,
+    after what the others made is taken in."""
+    work, gpus = arguments.work, arguments.gpus
+    missing = [kind for kind in arguments.kinds if kind not in recorded(work).get("second", {})]
+    lanes = {gpu: missing[place :: len(gpus)] for place, gpu in enumerate(gpus) if missing[place :: len(gpus)]}
+    handed = [word for name in HANDED_ON for word in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
+    started = {}
+    for gpu, kinds in lanes.items():
+        folder = work / LANES / gpu
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for entry in work.iterdir():
+            if entry.name not in (LANES, "second", "results.json"):
+                (folder / entry.name).symlink_to(entry.resolve())
+        record(folder, "ssm", recorded(work)["ssm"])
+        words = ["second", "--work", str(folder), "--kinds", *kinds, *handed, *(["--toy"] if arguments.toy else [])]
+        with (folder / "log.txt").open("w", encoding="utf-8") as log:
+            started[gpu] = subprocess.Popen(
+                [sys.executable, "-m", "training.make", *words],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+    failed = [gpu for gpu, process in started.items() if process.wait()]
+    for gpu in started:
+        folder = work / LANES / gpu
+        for label, content in recorded(folder).get("second", {}).items():
+            target = work / "second" / label
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(folder / "second" / label, target)
+            record(work, "second", {**recorded(work).get("second", {}), label: content})
+            print(f"{label}: {content['steps']} steps, {content['stage_seconds']:.0f} s on GPU {gpu}", flush=True)
+    if failed:
+        logs = ", ".join(str(work / LANES / gpu / "log.txt") for gpu in failed)
+        raise RuntimeError(f"training failed on GPU {', '.join(failed)}: {logs}")
 
 
 def make_pairs(arguments: argparse.Namespace) -> None:
@@ -495,6 +545,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         default="scratch",
         help="where a further small model starts: anew, or at the first one, at the rates of tuning",
     )
+    parser.add_argument(
+        "--gpus", nargs="+", default=[], metavar="index", help="train kinds of `second` side by side, on one GPU each"
+    )
     parser.add_argument("--pair-rows", type=int, default=256, help="texts of each sort to measure pairs on, at most")
     parser.add_argument("--pair-tokens", type=int, default=128, help="tokens of each continuation there")
     parser.add_argument("--toy", action="store_true", help="tiny models, to try the pipeline out")
@@ -506,6 +559,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     needing = {"corpus", "first-look", "evaluate", "pairs"} & set(arguments.stages)
     if needing and arguments.prompts is None:
         parser.error(f"--prompts is needed for {', '.join(sorted(needing))}")
+    if arguments.gpus and arguments.second_steps is None:
+        parser.error("--gpus needs --second-steps: kinds that are trained side by side must take equally many")
     return arguments
 
 

@@ -226,11 +226,34 @@ def test_stages_run_from_shipped_models_to_the_table(
     run("second", "--kinds", "filter", "boost", "residual")
     assert "filter is there" in capsys.readouterr().out
     run("second", "--kinds", "filter", "--second-start", "first")
+    beside: list[str] = []
+
+    class Lane:
+        """A process on another GPU, run here and now."""
+
+        def __init__(self, command: list[str], env: dict[str, str], **_: object) -> None:
+            beside.append(env["CUDA_VISIBLE_DEVICES"])
+            parsed = make.parse_arguments(command[3:])
+            assert parsed.work.name == beside[-1]
+            make.make_second(parsed)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(make.subprocess, "Popen", Lane)
+    gone = json.loads((work / "results.json").read_text())
+    gone["second"] = {label: one for label, one in gone["second"].items() if label not in ("bag", "wide", "residual")}
+    (work / "results.json").write_text(json.dumps(gone))
+    steps = gone["second"]["filter"]["steps"]
+    run("second", "--gpus", "2", "5", "--second-steps", str(steps))
+    assert beside == ["2", "5"]
+    with pytest.raises(SystemExit):
+        make.parse_arguments(["second", "--gpus", "0", "1"])
     run("pairs", "keep")
     kept = json.loads((here / "results.json").read_text())
     assert kept["target"] == {"kept": True}
     assert kept["second_corpus"]["same_as_shipped"] is True
-    assert list(kept["second"]) == ["filter", "bag", "wide", "boost", "residual", "filter-tuned"]
+    assert list(kept["second"]) == ["filter", "boost", "filter-tuned", "residual", "wide", "bag"]
     assert {one["steps"] for one in kept["second"].values()} <= {1, 2, 3}
     assert len({one["steps"] for one in kept["second"].values()}) == 1
     judged = kept["pairs"]["judged"]
