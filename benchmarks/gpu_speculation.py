@@ -9,15 +9,20 @@ bound: the sizer's own formula with the acceptance that the arms with given size
     PYTHONPATH=src python3 -m benchmarks.gpu_speculation --adversary --batches 1 8 64 --out $OUT
     PYTHONPATH=src python3 -m benchmarks.gpu_speculation --merge --batches 1 4 --out $OUT
 
---adversary puts a drafter of the same shape with random weights in the drafter's place; --merge sets one drafter beside
-one and n-grams, and beside two (--second DIR), at equal nodes.
+    python3 -m benchmarks.gpu_speculation --results FILE FILE --plots docs/plots/h200
+
+--results draws the curves of runs that were made in pieces, and measures nothing. --adversary puts a drafter of the
+same shape with random weights in the drafter's place; --merge sets one drafter beside one and n-grams, and beside two
+(--second DIR), at equal nodes.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,13 +93,45 @@ def merging(second: bool) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def main(argv: Sequence[str] | None = None) -> Record:
+def main(argv: Sequence[str] | None = None) -> Record | None:
     options = arguments().parse_args(argv)
     if options.quick:
         options.batches, options.new, options.rounds, options.prompts_count = [1, 3], 12, 2, 2
+    if options.results:
+        draw(options)
+        return None
     record = measure(options)
     record.close()
     return record
+
+
+def draw(options: argparse.Namespace) -> None:
+    """The curves of several results, a picture for each temperature."""
+    if options.plots is None:
+        raise SystemExit("--results needs --plots, the folder for pictures")
+    found: dict[float, tuple[dict[str, dict[int, Any]], dict[str, Counts]]] = {}
+    title = ""
+    for path in options.results:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        title = told["settings"]["model"]
+        for key, one in told["summary"].items():
+            if not key.startswith("batch "):
+                continue
+            batch, temperature = int(key.split()[1].rstrip(",")), float(key.split()[-1])
+            speedups, counts = found.setdefault(temperature, ({}, {}))
+            for name, arm in one["arms"].items():
+                if name != NONE.name:
+                    speedups.setdefault(name, {})[batch] = tuple(arm["over_none"])
+            for name, rate in one["bounds_tokens_per_s"].items():
+                over = rate / one["arms"][NONE.name]["tokens_per_s"][0]
+                speedups.setdefault(f"bound, {name}", {})[batch] = (over, over, over)
+            for name, one_arm in one["accepted"].items():
+                lengths = {int(tokens): count for tokens, count in one_arm["trees_by_tokens"].items()}
+                counts[name] = counts.get(name, Counts()) + Counts(lengths=Counter(lengths))
+    for temperature, (speedups, counts) in found.items():
+        reached = {name: one.reached() for name, one in counts.items() if one.lengths}
+        figure = speculation(speedups, reached, f"{title}, temperature {temperature:g}")
+        save(figure, options.plots / f"{options.name}-t{temperature:g}.png")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -112,6 +149,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     result.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
     result.add_argument("--hardware", help="the machine whose roofs the bound uses; this one if it is known")
+    result.add_argument("--results", type=Path, nargs="+", help="results to draw, instead of measuring")
     result.add_argument("--name", default="gpu-speculation")
     result.add_argument("--plots", type=Path, help="folder for pictures")
     return result

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import gpu_speculation, gpu_tree_shapes, speculation_cpu
 from benchmarks.models import TINY_SHAPE, random_checkpoint
+from benchmarks.record import RESULTS
 from benchmarks.speculating import NONE, Arm, Counts, bound, cycled, human_eval, loops
 from benchmarks.widen import open_original
 from ridgeline.core.tree import TokenTree
@@ -74,6 +75,15 @@ def test_gpu_speculation_on_a_cpu(bench: Bench, tmp_path: Path) -> None:
     assert set(result["summary"]["batch 3, temperature 0"]["arms"]) == {arm.name for arm in gpu_speculation.BESIDE}
     assert {one["met"] for one in result["targets"]} == {None}
     assert (tmp_path / "gpu-speculation-t0.8.png").is_file()
+
+
+def test_curves_of_runs_in_pieces(tmp_path: Path) -> None:
+    results = [RESULTS / "h200" / f"2026-11-28-speculation-{part}-2.json" for part in ("1", "few")]
+    words = ["--results", *map(str, results), "--name", "pieces"]
+    assert gpu_speculation.main([*words, "--plots", str(tmp_path)]) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["pieces-t0.png"]
+    with pytest.raises(SystemExit, match="--plots"):
+        gpu_speculation.main(words)
 
 
 def test_an_adversary_changes_nothing(bench: Bench) -> None:

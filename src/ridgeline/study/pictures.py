@@ -747,28 +747,38 @@ def speculation(
 
     figure, (left, right) = _figure(4.4, 1, 2)
     names = [*speedups, *(name for name, shares in reached.items() if shares and name not in speedups)]
-    colours = dict(zip(names, LINE_COLOURS * (1 + len(names) // len(LINE_COLOURS))))
+    looks = {name: _look(place, dashed=name.startswith("bound")) for place, name in enumerate(names)}
     for name, curve in speedups.items():
         batches = sorted(curve)
         middle, low, high = zip(*(curve[batch] for batch in batches))
         errors = [[a - b for a, b in zip(middle, low)], [a - b for a, b in zip(high, middle)]]
-        line = {"color": colours[name], "marker": "o", "markersize": 4, "linewidth": 1.4}
-        left.errorbar(batches, middle, errors, elinewidth=0.6, capsize=2, **line)
+        left.errorbar(batches, middle, errors, elinewidth=0.6, capsize=2, **looks[name])
     left.axhline(1.0, color=FAINT, linewidth=1, linestyle=DASHED, zorder=1)
     left.set_xscale("log", base=2)
     _words(left, "Speed over that of no speculation", "requests decoding", "times")
     for name, shares in reached.items():
-        if not shares:  # it has drafted nothing
-            continue
-        depths = range(1, len(shares) + 1)
-        right.plot(depths, shares, color=colours[name], marker="o", markersize=4, linewidth=1.4)
-        _note(right, f"{1 + sum(shares):.2f} tokens a step", (1, shares[0]), (6, 2), color=colours[name])
+        if shares:  # else it has drafted nothing
+            right.plot(range(1, len(shares) + 1), shares, **looks[name])
     right.set_ylim(0, 1)
     _words(right, "Trees whose accepted path is at least so deep", "depth", "share")
     left.xaxis.set_major_formatter("{x:g}")
-    _title(figure, title)
-    _legend(figure, {name: Line2D([], [], color=colours[name], marker="o", markersize=4) for name in names}, columns=6)
+    figure.suptitle(title, fontsize=SMALL, color=INK, x=0.01, ha="left", wrap=True)
+    said = {name: f" ({1 + sum(shares):.1f} tokens a step)" for name, shares in reached.items() if shares}
+    entries = {f"{name}{said.get(name, '')}": Line2D([], [], **looks[name]) for name in names}
+    _legend(figure, entries, columns=4)
     return figure
+
+
+def _look(place: int, dashed: bool = False) -> dict[str, Any]:
+    """Of the line at a place among many: colours come again with another marker."""
+    again, colour = divmod(place, len(LINE_COLOURS))
+    return {
+        "color": LINE_COLOURS[colour],
+        "marker": "os^D"[again % 4],
+        "markersize": 4,
+        "linewidth": 1.4,
+        "linestyle": DASHED if dashed else "-",
+    }
 
 
 class TreeShape(Protocol):
