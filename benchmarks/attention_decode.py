@@ -3,8 +3,8 @@
 Every cell (batch x context) is one CUDA graph of N calls over N distinct copies of the keys, pages shuffled, together
 at least four times the L2 cache; the time is the graph's over N, the median of alternating rounds, all sides alike.
 N is 64 where that fits in memory and in 60 ms. A second column has no graph. Then the kernel's trees: 32 and 64 nodes
-verified over a prefix of 8k at batch 1, beside one token. --variants and --tree-variants add sides of our own to both,
-paired with the kernel as it is, round by round.
+verified over a prefix of 8k at batch 1, beside one token. --variants adds sides of our own to the cells, paired with
+the kernel as it is, round by round.
 
 Peers are those of `ridgeline bench attention`: torch's cuDNN and FlashAttention-2 over contiguous keys, and
 FlashAttention-3 and FlashInfer over pages where they are given (FA3_LIBRARY, PYTHONPATH).
@@ -27,9 +27,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.record import Record, interval, losing, parser, ratios
-from ridgeline.core.errors import KernelRefused
 from ridgeline.core.step import Spans
-from ridgeline.kernels.cuda import decode, decode_wide, split
+from ridgeline.kernels.cuda import decode, split
 from ridgeline.kernels.cuda.decode import attention_decode
 from ridgeline.ops.attention_call import Call
 from ridgeline.study.attention import peers
@@ -45,10 +44,9 @@ LEAST_RATES = {(32, 4096): 4.1, (64, 4096): 4.1, (256, 2048): 4.1, (1, 131072): 
 MOST_US = {(1, 1024): 9.0, (1, 8192): 15.0}
 TREES = {32: 1.3, 64: 2.0}
 """Nodes over a prefix of 8k -> how many times one token's time they may take."""
-VARIANTS = {shares: replace(decode.PLANS[HEAD_DIM], shares=shares) for shares in ("even", "whole")}
-"""Of decode.cu: shares that differ by up to a tile; and shares that are a little larger, but hold whole requests."""
-TREE_VARIANTS = {"launches": (1, 64), "4": (4, 128), "8": (8, 128), "8-short": (8, 64), "16": (16, 128)}
-"""Of decode_wide.cu: most blocks of a cluster (1: a second launch adds the pieces up), keys of a block's tile."""
+VARIANTS = {name: replace(decode.PLANS[HEAD_DIM], whole_from=tiles) for name, tiles in (("equal", 0), ("whole", 1))}
+"""Of decode.cu: blocks' shares as small as may be at every size; and a little larger, but of whole requests, at every
+size."""
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
@@ -68,7 +66,6 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--memory-gb", type=float, default=100, help="of keys and values")
     result.add_argument("--no-trees", action="store_true")
     result.add_argument("--variants", nargs="*", default=[], choices=list(VARIANTS), help="of decode.cu, beside it")
-    result.add_argument("--tree-variants", nargs="*", default=[], choices=list(TREE_VARIANTS), help="of decode_wide.cu")
     plan = ("KEYS", "STAGES", "WARPS", "BLOCKS")
     result.add_argument("--plan", type=int, nargs=4, metavar=plan, help="of decode.cu, instead of its own")
     return result
@@ -235,33 +232,19 @@ def _with_tree(call: Call, batch: int, rows: int, words: int) -> Call:
 
 def trees(record: Record, pool: list[torch.Tensor]) -> None:
     """Verifying trees over a prefix of 8k at batch 1, in one graph, beside one token."""
-    works = {"1": Works([bound(call) for call in calls(pool, 1, 8192)])}
+    sizes = {1: Works([bound(call) for call in calls(pool, 1, 8192)])}
     for nodes in TREES:
-        copies = calls(pool, 1, 8192, nodes, -(-nodes // 32))
-        works[str(nodes)] = Works([bound(call) for call in copies])
-        expected = attention_decode(*copies[0]).float()
-        for name in record.options.tree_variants:
-            blocks, tile = TREE_VARIANTS[name]
-            change = partial(patch.multiple, decode_wide, MOST_BLOCKS=blocks, CLUSTER_TILE=tile)
-            side = Works([under(change, call) for call in copies])
-            try:
-                difference = (side.calls[0]().float() - expected).abs().max().item()
-            except KernelRefused as refusal:
-                record.note(f"trees of {nodes}, {name}: {refusal}")
-                continue
-            assert difference < 0.02, f"trees of {nodes}: {name} is {difference} away"
-            works[f"{nodes} {name}"] = side
-    arms = {name: on_cuda(side, len(side.calls), True) for name, side in works.items()}
+        sizes[nodes] = Works([bound(call) for call in calls(pool, 1, 8192, nodes, -(-nodes // 32))])
+    arms = {str(nodes): on_cuda(works, len(works.calls), True) for nodes, works in sizes.items()}
     times = alternate(arms, record.options.rounds)
     found = {name: interval([one * 1e6 for one in seconds]) for name, seconds in times.items()}
     rows = []
-    for name in list(works)[1:]:
-        most = TREES[int(name.split()[0])]
+    for nodes, most in TREES.items():
+        name = str(nodes)
         ratio = ratios(times[name], times["1"])
         rows.append([name, found[name].show(), losing(ratio.show(".2f"), ratio.median > most), f"{most:g}"])
-        if name.isdigit():
-            got = f"{ratio.median:.2f}×"
-            record.target(f"tree of {name} nodes over 8k", f"≤ {most:g}× of one token", got, ratio.median <= most)
+        got = f"{ratio.median:.2f}×"
+        record.target(f"tree of {name} nodes over 8k", f"≤ {most:g}× of one token", got, ratio.median <= most)
     record.timings["trees"] = times
     record.summary["trees"] = found
     title = f"Trees over 8k at batch 1 (one token: {found['1'].show()} µs)"

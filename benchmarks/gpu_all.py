@@ -21,8 +21,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from benchmarks import ROOT
 from benchmarks.record import compact, machine, show_table, versions
 
 STATE = "gpu-all.json"
+THREADS = {"OMP_NUM_THREADS": "4"}
+"""Of a process of tests: with PYTEST_ADDOPTS="-n 4" there are several, and each would take all cores for itself."""
 TAIL_LINES = 30
 GRACE_S = 10
 """Between asking a step to stop and making it."""
@@ -39,13 +42,15 @@ GRACE_S = 10
 @dataclass(frozen=True)
 class Step:
     """One process. minutes: what it takes on an H200, compiling included. command: what stands behind the interpreter,
-    from the options, whose `out` is the step's own folder. after: a step whose results it reads."""
+    from the options, whose `out` is the step's own folder. after: a step whose results it reads. environment: variables
+    that it has unless the caller's environment has them."""
 
     name: str
     minutes: float
     what: str
     command: Callable[[argparse.Namespace], list[str]]
     after: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def benchmark(module: str, *more: str, fa3: bool = False) -> Callable[[argparse.Namespace], list[str]]:
@@ -78,10 +83,12 @@ def accuracy_later(options: argparse.Namespace) -> list[str]:
 
 
 STEPS = (
-    Step("tests-cuda", 5, "tests of the kernels in CUDA", tests("gpu and not slow", "tests/kernels/cuda")),
-    Step("tests-triton", 4, "tests of those in Triton", tests("gpu and not slow", "tests/kernels/triton")),
+    Step("tests-cuda", 5, "tests of the kernels in CUDA", tests("gpu and not slow", "tests/kernels/cuda"),
+         environment=THREADS),
+    Step("tests-triton", 4, "tests of those in Triton", tests("gpu and not slow", "tests/kernels/triton"),
+         environment=THREADS),
     Step("tests-engine", 4, "tests of models, graphs, trees, studies on a GPU",
-         tests("gpu and not slow", "tests", "--ignore=tests/kernels")),
+         tests("gpu and not slow", "tests", "--ignore=tests/kernels"), environment=THREADS),
     Step("decode-step", 2, "the engine's whole decode step", benchmark("gpu_decode")),
     Step("prefill", 4, "sm90 beside its peers on the issue's grid", benchmark("attention_prefill", fa3=True)),
     Step("decode", 3, "decode attention beside its peers, and trees", benchmark("attention_decode")),
@@ -120,7 +127,8 @@ STEPS = (
     Step("linear", 3, "products of one token and of few", benchmark("gpu_linear")),
     Step("feed-forward", 2, "feed-forward networks", benchmark("gpu_feed_forward")),
     Step("launch", 1, "launches and compiling", benchmark("gpu_launch")),
-    Step("tests-slow", 8, "compute-sanitizer, and tests over five seconds", tests("gpu and slow", "tests")),
+    Step("tests-slow", 8, "compute-sanitizer, and tests over five seconds", tests("gpu and slow", "tests"),
+         environment=THREADS),
 )  # fmt: skip
 
 
@@ -138,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    Queue(chosen, options, began).empty()
+    with ending_when_told():
+        Queue(chosen, options, began).empty()
     state = read(options.out)
     told = [[step.name, *said(state["steps"].get(step.name))] for step in chosen]
     show_table(f"{(time.monotonic() - began) / 60:.1f} minutes", ["step", "", "minutes", "results"], told)
@@ -164,6 +173,57 @@ def arguments() -> argparse.ArgumentParser:
     return result
 
 
+@contextmanager
+def ending_when_told() -> Iterator[None]:
+    """SIGTERM ends this process by an exception, so that what it has started is ended, too."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows must not be cut short
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Running:
+    """The processes of the steps under way."""
+
+    def __init__(self) -> None:
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def process(self, command: Sequence[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """One in a session of its own, which is stopped if what follows fails."""
+        with self.lock:
+            if self.stopped:
+                raise RuntimeError("no step begins any more")
+            process = subprocess.Popen(command, start_new_session=True, **how)
+            self.processes.add(process)
+        try:
+            yield process
+        except BaseException:
+            stop(process)
+            raise
+        finally:
+            with self.lock:
+                self.processes.discard(process)
+
+    def stop(self) -> None:
+        """All of them side by side, and no further one begins."""
+        with self.lock:
+            self.stopped = True
+            threads = [threading.Thread(target=stop, args=(process,)) for process in self.processes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
 class Queue:
     """The steps that wait; one thread a GPU takes them in order."""
 
@@ -173,20 +233,32 @@ class Queue:
         self.began = began
         self.state = read(options.out)
         self.under_way: set[str] = set()
+        self.running = Running()
         self.changed = threading.Condition()
 
     def empty(self) -> None:
-        """Run all that can be run. An exception in one thread leaves the others to end their steps."""
+        """Run all that can be run. An exception in one thread leaves the others to end their steps; one in this thread
+        (told to end) stops them."""
         threads = [threading.Thread(target=self.work, args=(gpu,)) for gpu in self.options.gpus or [None]]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            with self.changed:
+                self.waiting.clear()
+                self.changed.notify_all()
+            self.running.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            raise
 
     def work(self, gpu: str | None) -> None:
         while (step := self.next()) is not None:
             try:
-                outcome = run(step, self.options, gpu)
+                outcome = run(step, self.options, self.running, gpu)
             finally:
                 with self.changed:
                     self.under_way.discard(step.name)
@@ -229,13 +301,17 @@ class Queue:
             write(self.options.out, self.state)
 
 
-def run(step: Step, options: argparse.Namespace, gpu: str | None = None) -> dict[str, Any]:
+def run(step: Step, options: argparse.Namespace, running: Running, gpu: str | None = None) -> dict[str, Any]:
     """Run one step to its end, or to the end of patience; what is to be said of it."""
     folder = options.out / step.name
     folder.mkdir(exist_ok=True)
     log = folder / "log.txt"
     command = [sys.executable, *step.command(argparse.Namespace(**{**vars(options), "out": folder}))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(("src", os.environ.get("PYTHONPATH", "")))}
+    environment = {
+        **step.environment,
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(("src", os.environ.get("PYTHONPATH", ""))),
+    }
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     if options.fa3:
@@ -243,19 +319,14 @@ def run(step: Step, options: argparse.Namespace, gpu: str | None = None) -> dict
     limit_s = 60 * step.minutes * options.patience
     print(f"{step.name}: {step.what}, about {step.minutes:g} minutes", flush=True)
     start, when = time.monotonic(), now()
-    with log.open("w", encoding="utf-8") as out:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    how = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT}
+    with log.open("w", encoding="utf-8") as out, running.process(command, stdout=out, **how) as process:
         try:
             code: int | None = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = None
             stop(process)
-        except BaseException:
-            stop(process)
-            raise
-    status = "too long" if code is None else "done" if code == 0 else "failed"
+    status = "too long" if code is None else "done" if code == 0 else "stopped" if running.stopped else "failed"
     if status != "done":
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         print("\n".join(lines[-TAIL_LINES:]))

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +112,51 @@ def test_steps_are_listed_chosen_and_skipped(tmp_path: Path, capsys: pytest.Capt
         gpu_all.main(["good"])
     with pytest.raises(SystemExit):
         gpu_all.main(["goood", "--out", str(tmp_path)])
+
+
+def test_told_to_end_it_stops_what_it_has_started(tmp_path: Path) -> None:
+    """Steps run in sessions of their own: nobody else ends them when this process is."""
+    endless = "import os, pathlib, time; pathlib.Path(r'{out}', 'pid').write_text(str(os.getpid())); time.sleep(60)"
+    program = f"""
+import sys
+from benchmarks import gpu_all
+from benchmarks.gpu_all import Step
+command = lambda options: ["-c", {endless!r}.format(out=options.out)]
+gpu_all.STEPS = [Step(name, 5, "sleeps", command) for name in ("first", "second", "third")]
+sys.exit(gpu_all.main(["--out", sys.argv[1], "--gpus", "0", "1"]))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=gpu_all.ROOT, env=environment)
+    files = [tmp_path / name / "pid" for name in ("first", "second")]
+    try:
+        until = time.monotonic() + 60
+        while not all(file.is_file() and file.read_text() for file in files) and time.monotonic() < until:
+            time.sleep(0.05)
+        children = [int(file.read_text()) for file in files]
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+    assert {name: one["status"] for name, one in state_of(tmp_path).items()} == {
+        "first": "stopped",
+        "second": "stopped",
+    }
+
+
+def test_processes_of_tests_do_not_take_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    show = python("import os; open(r'{out}/threads.json', 'w').write(os.environ.get('OMP_NUM_THREADS', 'all'))")
+    made = (Step("test", 1, "limited", show, environment=gpu_all.THREADS), Step("other", 1, "free", show))
+    monkeypatch.setattr(gpu_all, "STEPS", made)
+    for given, seen in ((None, ("4", "all")), ("2", ("2", "2"))):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert gpu_all.main(["--out", str(tmp_path), "--again"]) == 0
+        assert tuple((tmp_path / step.name / "threads.json").read_text() for step in made) == seen
+    assert all(step.environment == gpu_all.THREADS for step in STEPS if step.name.startswith("tests-"))
 
 
 @pytest.mark.parametrize("step", STEPS, ids=[step.name for step in STEPS])

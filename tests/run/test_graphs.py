@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from ridgeline.core.config import EngineConfig
+from ridgeline.core.errors import KernelRefused
 from ridgeline.core.request import SamplingParams
 from ridgeline.core.step import UNREAD, Chunk, Sampling, StepPlan
 from ridgeline.engine.build import build
-from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
+from ridgeline.run import graphs
+from ridgeline.run.graphs import DecodeGraphs, captured, sizes_up_to
 from ridgeline.run.places import Staging, layout, on_device
 from ridgeline.run.runner import Runner, Step
 
@@ -33,6 +35,43 @@ def test_sizes() -> None:
         for below, size in pairwise(sizes):
             padding = size - below - 1  # of a step one larger than the size below
             assert padding < 8 or padding < size / 5
+
+
+# Captures
+
+
+class Broken:
+    """A graph as torch's: an end that the driver refuses leaves it open, one with a good recording closes it."""
+
+    made: list[Broken]
+
+    def __init__(self) -> None:
+        self.recordings, self.open = ["broken"], False
+        self.made.append(self)
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        self.open = True
+
+    def capture_end(self) -> None:
+        if self.recordings.pop() == "broken":
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.open = False
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("waits"), torch.OutOfMemoryError("full"), KeyboardInterrupt()])
+def test_a_broken_capture_is_closed(fault: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    Broken.made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
+    monkeypatch.setattr(graphs, "_record_little", lambda: Broken.made[0].recordings.append("good"))
+
+    def work() -> None:
+        if fault is not None:
+            raise fault
+
+    kind = type(fault) if isinstance(fault, torch.OutOfMemoryError | KeyboardInterrupt) else KernelRefused
+    with pytest.raises(kind, match="waits" if isinstance(fault, RuntimeError) and kind is KernelRefused else None):
+        captured(work, None)
+    assert not Broken.made[0].open
 
 
 # Places

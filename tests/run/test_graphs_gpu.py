@@ -13,7 +13,7 @@ import torch
 from ridgeline import LLM, SamplingParams
 from ridgeline.core.errors import KernelRefused
 from ridgeline.core.step import Chunk, Sampling, StepPlan, StepRecord
-from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
+from ridgeline.run.graphs import DecodeGraphs, captured, sizes_up_to
 from ridgeline.run.runner import Runner
 
 pytestmark = pytest.mark.gpu
@@ -201,6 +201,28 @@ def test_what_waits_for_the_device_is_refused_by_name(llm: LLM) -> None:
         graphs.capture()
     torch.cuda.synchronize()
     assert tokens_of(llm, KINDS[:1])
+
+
+def test_a_capture_that_breaks_leaves_nothing_behind() -> None:
+    """Random numbers go on, the same pool serves the next capture, and its memory is given back."""
+    numbers, out = torch.ones(1 << 20, device="cuda"), torch.zeros(1 << 20, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            with pytest.raises(KernelRefused, match="enforce_eager"):
+                captured(lambda: (numbers * 2).sum().item(), pool)  # waits, which breaks it
+            assert torch.randn(8, device="cuda").isfinite().all()
+        graph = captured(lambda: out.copy_(numbers * 3), pool)
+    torch.cuda.synchronize()
+    graph.replay()
+    assert (out == 3).all()
+    del graph
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
 
 
 def test_reference_kernels_run_op_by_op(tiny: Path) -> None:

@@ -17,6 +17,7 @@ All sizes share one pool of memory for what lies between two kernels, since no t
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -471,9 +472,9 @@ def captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
             work()
         except BaseException:
             with suppress(RuntimeError):  # the capture is broken, which is said here once more
-                graph.capture_end()
+                _end(graph)
             raise
-        graph.capture_end()
+        _end(graph)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -481,3 +482,33 @@ def captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
             f"a step cannot be captured as a CUDA graph; enforce_eager=True runs it op by op ({error})"
         ) from error
     return graph
+
+
+def _end(graph: torch.cuda.CUDAGraph) -> None:
+    """End a capture. RuntimeError if it is broken, but then, too, torch knows that it is over.
+
+    torch asks the driver first, and if that says that the capture is broken leaves all else as it was: random numbers
+    are for a capture that never ends, the pool's memory is never given back. So the same graph ends once more, with
+    another recording on the stream, which is good.
+    """
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with suppress(RuntimeError):  # torch had come further than the driver's answer, and knows
+            _record_little()
+            graph.capture_end()
+        raise
+
+
+THREAD_LOCAL = 1
+"""CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"""
+
+
+def _record_little() -> None:
+    """Begin a recording on the current stream past torch, and record one operation."""
+    one = torch.empty(1, device="cuda")
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    problem = ctypes.CDLL("libcuda.so.1").cuStreamBeginCapture_v2(stream, THREAD_LOCAL)
+    if problem:
+        raise RuntimeError(f"cuStreamBeginCapture failed ({problem})")
+    one.zero_()

@@ -280,35 +280,10 @@ def test_merge_of_two_attentions(dtype: str) -> None:
     assert torch.equal(same, rest[1])
 
 
-CLUSTERS = ((1, 64), (2, 128), (4, 64), (4, 128), (8, 64), (8, 128))
-"""Blocks of a cluster, keys of a block's tile."""
-
-
-def cluster_of(monkeypatch: pytest.MonkeyPatch, blocks: int, keys: int) -> None:
-    """Every call of the wide kernel takes clusters of so many blocks, whatever its shapes."""
-    monkeypatch.setattr(decode_wide, "blocks_of_cluster", lambda machine, items: blocks)
-    monkeypatch.setattr(decode_wide, "CLUSTER_TILE", keys)
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize(("blocks", "keys"), CLUSTERS, ids=str)
-def test_clusters_with_every_feature(blocks: int, keys: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many stretches a cluster, stretches of fewer tiles than blocks, items of which several clusters have pieces."""
-    cluster_of(monkeypatch, blocks, keys)
-    for feature in FEATURES:
-        for page in (None, 16):
-            hold(attention_decode, ragged("cuda", torch.bfloat16, 4, 2, head_dim, page, feature))
-    hold(attention_decode, ragged("cuda", torch.float16, 4, 2, head_dim, 64, "all"))
-
-
-@pytest.mark.parametrize(("blocks", "keys"), CLUSTERS, ids=str)
 @pytest.mark.parametrize("nodes", [9, 16, 17, 32, 33, 64, 100])
 @pytest.mark.parametrize("visible", [100, 513, 8192])
-def test_trees_of_one_request(
-    visible: int, nodes: int, blocks: int, keys: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trees_of_one_request(visible: int, nodes: int) -> None:
     """What verifying a tree asks for: rows of one and of two warpgroups, one piece and several."""
-    cluster_of(monkeypatch, blocks, keys)
     arguments = attention_inputs(
         "cuda", torch.bfloat16, 32, 8, 128, 64, None, (nodes,), (visible,), tails=(nodes,), return_lse=True
     )
@@ -320,40 +295,11 @@ def test_trees_of_one_request(
         assert torch.equal(lse, again_lse)
 
 
-@pytest.mark.parametrize(("blocks", "keys"), CLUSTERS, ids=str)
-@pytest.mark.parametrize("page", [16, 48, 64, 80, 128, 256, None])
-def test_pages_of_clusters(page: int | None, blocks: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster_of(monkeypatch, blocks, keys)
-    arguments = attention_inputs(
-        "cuda", torch.bfloat16, 12, 4, 128, page, None, (40, 9, 1), (3000, 700, 1), return_lse=True
-    )
-    hold(attention_decode, arguments)
-
-
-def test_clusters_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three calls in a row whose counters, lengths and starts change under them."""
-    cluster_of(monkeypatch, 8, 128)
-    arguments = dict(attention_inputs("cuda", torch.bfloat16, 32, 8, 128, 64, None, (40, 12), (5000, 300)))
-    attention_decode(**arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = [attention_decode(**arguments) for _ in range(3)]
-    for lengths in ((5000, 300), (41, 12), (4999, 13)):
-        arguments["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
-        for out in outs:
-            out.fill_(float("nan"))
-        graph.replay()
-        exact = attention.reference(**{**arguments, **{name: arguments[name].float() for name in "qkv"}})
-        for out in outs:
-            assert torch.equal(out, outs[0])
-            assert (out.float() - exact).abs().max().item() < 2e-2
-
-
-@pytest.mark.parametrize("shares", decode.SHARES)
+@pytest.mark.parametrize("whole_from", [0, 1, 48])
 @pytest.mark.parametrize("count", [1, 2, 33, 64, 261, 300])
-def test_shares_of_every_kind(count: int, shares: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_as_small_as_may_be_and_whole(count: int, whole_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For equal lengths, which may be cut at borders, and for ragged ones; fewer tiles than blocks among them."""
-    monkeypatch.setitem(decode.PLANS, 128, dataclasses.replace(decode.PLANS[128], shares=shares))
+    monkeypatch.setitem(decode.PLANS, 128, dataclasses.replace(decode.PLANS[128], whole_from=whole_from))
     for visible in ((1000,) * count, (4096,) * count, tuple(37 * index % 501 for index in range(count))):
         hold(
             attention_decode,
@@ -361,17 +307,21 @@ def test_shares_of_every_kind(count: int, shares: str, monkeypatch: pytest.Monke
         )
 
 
-def test_clusters_that_fit_at_once() -> None:
-    """As many as are launched: all of them must run side by side, and none may be left out."""
-    machine = split.machine(0)
-    plan = decode_wide.choose(machine, 128, 128, 64, 1, 8)
-    if plan is None:
-        pytest.skip("the wide kernel runs on Hopper alone")
-    assert plan.cluster == decode_wide.MOST_BLOCKS
-    kernel = decode_wide._pieces(plan, torch.bfloat16)
-    found = kernel.clusters_at_once(0, plan.threads, plan.shared_bytes)
-    assert 1 <= found <= machine.multiprocessors // plan.cluster
-    assert found * plan.cluster >= 0.75 * machine.multiprocessors, f"{found} clusters of {plan.cluster} at once"
+@pytest.mark.parametrize("whole_from", [0, 48])
+def test_many_tiles_in_a_graph(whole_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths on the device decide how work is dealt: one graph, whose shares grow, or do not."""
+    monkeypatch.setitem(decode.PLANS, 128, dataclasses.replace(decode.PLANS[128], whole_from=whole_from))
+    arguments = dict(attention_inputs("cuda", torch.bfloat16, 16, 8, 128, 64, None, (1,) * 32, (4096,) * 32))
+    attention_decode(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_decode(**arguments)
+    for lengths in ((4096,) * 32, (1024,) * 32, (0, *(4000,) * 31), tuple(4096 - 99 * index for index in range(32))):
+        arguments["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
+        out.fill_(float("nan"))
+        graph.replay()
+        exact = attention.reference(**{**arguments, **{name: arguments[name].float() for name in "qkv"}})
+        assert (out.float() - exact).abs().max().item() < 2e-2
 
 
 def test_plans_fit_the_gpu() -> None:
@@ -380,6 +330,5 @@ def test_plans_fit_the_gpu() -> None:
         plan = decode._narrow(machine, head_dim)
         assert machine.holds(plan.shared_bytes, plan.blocks)
         for rows in (64, 128):
-            for cluster in (1, 2, 4, 8):
-                wide = decode_wide.plan(machine, head_dim, rows, 64, cluster, 128 if head_dim <= 128 else 64)
-                assert wide is None or machine.holds(wide.shared_bytes, wide.blocks)
+            wide = decode_wide.plan(machine, head_dim, rows, 64)
+            assert wide is None or machine.holds(wide.shared_bytes, wide.blocks)

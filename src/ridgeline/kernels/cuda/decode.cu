@@ -12,8 +12,8 @@
 // (cp.async), across the borders of items, and meets the other warps only at the end of an item. All rows of a tile
 // (query heads that share the KV head, times tokens) are rows of each warp's mma.sync products.
 //
-// Defines: HALF (fp16, otherwise bf16), HEAD_DIM, KEYS (of a warp's step), STAGES, WARPS, BLOCKS (an SM), SHARES
-// (split.cuh).
+// Defines: HALF (fp16, otherwise bf16), HEAD_DIM, KEYS (of a warp's step), STAGES, WARPS, BLOCKS (an SM), WHOLE_FROM (tiles
+// of a share from which it may grow to whole items; 0: never).
 
 #include "split.cuh"
 
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(CALL_PARAME
 
   after_predecessor();
   Cursor work;
-  const Deal deal = begin_work<ROWS, TILE, THREADS>(call, work, plan);
+  const Deal deal = begin_work<ROWS, TILE, THREADS, WHOLE_FROM>(call, work, plan);
   if (work.done()) return;
   const Ring ring = {shared_address(shared) + warp * STAGES * STAGE_BYTES, read_once(), warp, lane};
   Cursor issue = work;
@@ -354,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(CALL_PARAME
       }
       __syncthreads();
     }
-    if (target.pieces > 1 && came_last<ROWS>(call, work, target, plan, [] { __syncthreads(); })) {
+    if (target.pieces > 1 && came_last<ROWS>(call, work, target, plan)) {
       for (int row = warp; row < live; row += WARPS) target.add_up<ROWS>(call, work, row);
     }
   }

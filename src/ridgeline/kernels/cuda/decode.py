@@ -9,7 +9,7 @@ of rows for one KV head) that several blocks share is put together by the one th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
@@ -26,25 +26,24 @@ from ridgeline.ops.op import cuda
 
 FILE = "decode.cu"
 
-SHARES = ("equal", "even", "whole")
-"""As split.cuh numbers them. equal: as small as may be; even: they differ by up to a tile, where equal ones would cut
-requests; whole: a little larger than equal, if that cuts fewer."""
-
 SPLIT_KEYS = 1024
 """Of a fixed piece, unless a caller asks for another number."""
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """How decode.cu is compiled: keys that a warp takes at once, steps in its ring, warps, blocks an SM, and which of
-    SHARES blocks get."""
+    """How decode.cu is compiled: keys that a warp takes at once, steps in its ring, warps, blocks an SM.
+
+    whole_from: tiles of a block's share from which it may grow by a sixteenth, to whole requests or equal parts of one.
+    0: never, shares are as small as may be.
+    """
 
     head_dim: int
     keys: int
     stages: int
     warps: int
     blocks: int
-    shares: str = "equal"
+    whole_from: int = 48
 
     rows: ClassVar[int] = 16
 
@@ -71,7 +70,7 @@ class Narrow:
             "STAGES": self.stages,
             "WARPS": self.warps,
             "BLOCKS": self.blocks,
-            "SHARES": SHARES.index(self.shares),
+            "WHOLE_FROM": self.whole_from,
         }
 
 
@@ -111,11 +110,10 @@ def _narrow(machine: split.Machine, head_dim: int) -> Narrow:
 
 
 def _plan(machine: split.Machine, call: Call, split_keys: int | None) -> Narrow | decode_wide.Wide:
-    """From shapes alone: rows of a request on average, head dim, page, requests, KV heads. With fixed pieces, from the
-    head dim alone."""
+    """From shapes alone: rows of a request on average, head dim, page. With fixed pieces, from the head dim alone."""
     head_dim, rows = call.q.shape[2], -(-call.q.shape[0] // call.lengths.shape[0]) * call.group
     if rows > Narrow.rows and call.k.shape[0] and split_keys is None:
-        wide = decode_wide.choose(machine, head_dim, rows, call.page, call.lengths.shape[0], call.k.shape[1])
+        wide = decode_wide.plan(machine, head_dim, rows, call.page)
         if wide is not None:
             return wide
     return _narrow(machine, head_dim)
@@ -204,13 +202,13 @@ MACHINES = {
 
 def _defines(choice: Mapping[str, int | str]) -> Defines:
     plan = _narrow(MACHINES[str(choice["machine"])], int(choice["HEAD_DIM"]))
-    return {"HALF": choice["HALF"], **replace(plan, shares=str(choice["shares"])).defines()}
+    return {"HALF": choice["HALF"], **plan.defines()}
 
 
 INSTANCES = Instances(
     FILE,
     tuple(MACHINES),
-    {"HALF": (0, 1), "HEAD_DIM": LIMITS.head_dims, "machine": tuple(MACHINES), "shares": SHARES},
+    {"HALF": (0, 1), "HEAD_DIM": LIMITS.head_dims, "machine": tuple(MACHINES)},
     defines=_defines,
     exists=lambda choice: choice["machine"] == choice["architecture"],
     spill_bytes=lambda choice: 64 if choice["HEAD_DIM"] == 256 else 16,

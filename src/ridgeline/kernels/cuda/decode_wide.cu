@@ -2,19 +2,13 @@
 // request at once, on Hopper's wgmma. The work is dealt as in decode.cu (split.cuh). It must not know layers or who
 // shares a page.
 //
-// One warp asks the copy engine for tiles of keys and values; each warpgroup has 64 rows of its own, whose scores and
-// sums stay in its registers, so that they share nothing but the tiles.
+// One warp asks the copy engine for tiles of 64 keys and values, across the borders of items; each warpgroup has 64
+// rows of its own, whose scores and sums stay in its registers, so that they share nothing but the tiles.
+// Partial sums of so many rows are too many for one block to add up: `add_pieces` follows as a second, dependent
+// launch with a warp a row.
 //
-// Partial sums of so many rows are too many for one block to add up. There are two ways. With CLUSTER 1 tiles are asked
-// for across the borders of items, and `add_pieces` follows as a second, dependent launch with a warp a row. With more,
-// the blocks of a cluster take parts of the same stretch; each lays its sums into its shared memory, where the tiles
-// were, and adds up a slice of the rows from all of them. What leaves the multiprocessors is one piece a cluster, and
-// where clusters share an item, its pieces meet slice by slice, as those of decode.cu do.
-//
-// Defines: HALF (fp16, otherwise bf16), HEAD_DIM, WARPGROUPS (1 or 2), TILE_KEYS (64 or 128), STAGES, BLOCKS (an SM),
-// BOX (keys of a copy), CLUSTER (blocks that add up in shared memory: 1, 2, 4, 8, 16).
+// Defines: HALF (fp16, otherwise bf16), HEAD_DIM, WARPGROUPS (1 or 2), STAGES, BLOCKS (an SM), BOX (keys of a copy).
 
-#include "cluster.cuh"
 #include "mbarrier.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
@@ -22,23 +16,13 @@
 #include "split.cuh"
 
 constexpr int ROWS = 64 * WARPGROUPS;
-constexpr int TILE = TILE_KEYS;
-constexpr int CONSUMERS = 128 * WARPGROUPS;
-// Where two warpgroups multiply for a cluster, the warp that copies has a warpgroup to itself, whose registers it lends.
-constexpr bool LENDS = CLUSTER > 1 && WARPGROUPS == 2;
-constexpr int THREADS = CONSUMERS + (LENDS ? 128 : 32);
-constexpr int KEPT_REGISTERS = 56, LENT_REGISTERS = 224;  // 56 + 2 * 224 = 3 * 168, which is what 384 threads get
+constexpr int TILE = 64;
+constexpr int THREADS = 128 * WARPGROUPS + 32;
 constexpr int PANELS = (HEAD_DIM + 63) / 64;      // of 64 dims: 128 bytes a row
 constexpr int PANEL_BYTES = TILE * 128;
 constexpr int TILE_BYTES = PANELS * PANEL_BYTES;  // keys of a tile; as much again for values
 constexpr int QUERY_BYTES = PANELS * 64 * 128;    // of a warpgroup
 constexpr int BOXES = 2 * PANELS * (TILE / BOX);
-static_assert(BOXES <= 32, "a lane brings a box");
-constexpr int SUM_STRIDE = HEAD_DIM + 8;  // floats; the 8 keep neighbouring rows in different banks
-constexpr int SLICE = ROWS / CLUSTER;     // rows that a block of a cluster adds up
-static_assert(CLUSTER == 1 || ROWS * (SUM_STRIDE + 2) * 4 <= STAGES * 2 * TILE_BYTES, "sums lie where tiles were");
-// Named barriers, beside 0 of the block: 1 + squad of a warpgroup, 3 + squad of its turn, and of all that multiply:
-constexpr int ALL_SQUADS = 5;
 
 // Queries of one warpgroup's rows into shared memory, as wgmma wants them; zeros where there is no row.
 __device__ __forceinline__ void load_queries(const Call& call, const Cursor& at, char* to, int squad) {
@@ -69,63 +53,6 @@ __device__ __forceinline__ void clear_values(const Cursor& at, char* values, int
   }
 }
 
-// A cluster's sums of one stretch, which lie in each block's shared memory where its tiles were: [ROWS][SUM_STRIDE],
-// then the rows' peaks and totals. The threads that multiply call these, all of them.
-struct Sums {
-  float* base;
-  u32 offered, taken;  // barriers: every block's sums lie there; every block has read this one's
-
-  __device__ __forceinline__ float2* ends() const { return reinterpret_cast<float2*>(base + ROWS * SUM_STRIDE); }
-
-  // As a warpgroup's product leaves a row in four neighbouring lanes (Target::put_row).
-  __device__ __forceinline__ void lay_row(int row, const float (&sum)[HEAD_DIM / 2], int half, float peak,
-                                          float total) const {
-    const int lane = threadIdx.x % 4;
-    float* const to = base + row * SUM_STRIDE + 2 * lane;
-#pragma unroll
-    for (int b = 0; b < HEAD_DIM / 8; ++b)
-      *reinterpret_cast<float2*>(to + 8 * b) = make_float2(sum[4 * b + 2 * half], sum[4 * b + 2 * half + 1]);
-    if (lane == 0) ends()[row] = make_float2(peak, total);
-  }
-
-  // A warp tells every block of the cluster that it has done its part.
-  __device__ __forceinline__ static void tell(u32 barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 < CLUSTER) barrier_arrive_at(barrier, threadIdx.x % 32);
-  }
-
-  // Adds this block's slice of rows up and puts it. The order in which blocks are added follows from the slice alone.
-  __device__ __forceinline__ void add_slice(const Call& call, const Cursor& at, const Target& target) const {
-    const u32 rank = place_in_worker(), sums = shared_address(base), ends_at = shared_address(ends());
-    const int live = min(ROWS, at.rows * call.group - at.row_tile * ROWS);
-    for (int index = threadIdx.x; index < SLICE * (HEAD_DIM / 4); index += CONSUMERS) {
-      const int row = rank * SLICE + index / (HEAD_DIM / 4), column = index % (HEAD_DIM / 4) * 4;
-      if (row >= live) break;
-      float4 value[CLUSTER];
-      float2 end[CLUSTER];
-#pragma unroll
-      for (int i = 0; i < CLUSTER; ++i) {
-        const u32 block = (rank + i) % CLUSTER;  // so that not all of them ask the same one first
-        value[i] = load_four(address_in(block, sums + (row * SUM_STRIDE + column) * 4));
-        end[i] = load_two(address_in(block, ends_at + row * 8));
-      }
-      float peak = -INFINITY, total = 0;
-#pragma unroll
-      for (int i = 0; i < CLUSTER; ++i) peak = fmaxf(peak, end[i].x);
-      const float level = peak == -INFINITY ? 0 : peak;
-      float4 all = make_float4(0, 0, 0, 0);
-#pragma unroll
-      for (int i = 0; i < CLUSTER; ++i) {
-        const float share = exp2_fast(end[i].x - level);
-        total = fmaf(share, end[i].y, total);
-        all = make_float4(fmaf(share, value[i].x, all.x), fmaf(share, value[i].y, all.y),
-                          fmaf(share, value[i].z, all.z), fmaf(share, value[i].w, all.w));
-      }
-      target.put<ROWS>(call, at, row, column, all, peak, total);
-    }
-  }
-};
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     decode_wide(CALL_PARAMETERS, const __grid_constant__ TensorMap key_map,
                 const __grid_constant__ TensorMap value_map) {
@@ -135,10 +62,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   char* const queries = shared;                           // [WARPGROUPS] panels of 64 rows
   char* const tiles = shared + WARPGROUPS * QUERY_BYTES;  // [STAGES] keys, values
   __shared__ Plan plan;
-  __shared__ __align__(8) u64 barriers[3 * STAGES + 2];
+  __shared__ __align__(8) u64 barriers[3 * STAGES];
   const u32 keys_here = shared_address(barriers), values_here = keys_here + 8 * STAGES;
   const u32 empty = values_here + 8 * STAGES;
-  const Sums sums = {reinterpret_cast<float*>(tiles), empty + 8 * STAGES, empty + 8 * STAGES + 8};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
@@ -146,35 +72,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       barrier_init(values_here + 8 * stage, 1);
       barrier_init(empty + 8 * stage, 4 * WARPGROUPS);
     }
-    if (CLUSTER > 1) {
-      barrier_init(sums.offered, CLUSTER * 4 * WARPGROUPS);
-      barrier_init(sums.taken, CLUSTER * 4 * WARPGROUPS + 1);  // and the warp that copies
-    }
     barrier_init_fence();
     prefetch_map(key_map);
     prefetch_map(value_map);
   }
-  __syncwarp();
-  if constexpr (CLUSTER > 1) cluster_arrive();
   after_predecessor();
   Cursor work;
   const Deal deal = begin_work<ROWS, TILE, THREADS>(call, work, plan);
-  __syncwarp();
-  if constexpr (CLUSTER > 1) cluster_wait();  // for the others' barriers, too
   if (work.done()) return;
-  if constexpr (CLUSTER == 1) __syncthreads();
+  __syncthreads();
 
-  if (warp >= 4 * WARPGROUPS) {
-    if constexpr (LENDS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(KEPT_REGISTERS));
-    if (warp > 4 * WARPGROUPS) return;
+  if (warp == 4 * WARPGROUPS) {
     // Lane l brings box l: of keys or values, a panel, a part of the tile.
     const int part = lane % (TILE / BOX), panel = lane / (TILE / BOX) % PANELS;
     const bool of_values = lane >= BOXES / 2;
     const u32 to = shared_address(tiles) + of_values * TILE_BYTES + panel * PANEL_BYTES + part * BOX * 128;
     const u64 policy = keep_first();
-    unsigned slot = 0, phase = 1;
-    // Asks for this lane's box of a tile: `row` of a page (or of all keys) on; `read`: whether anybody sees it.
-    auto bring = [&](bool read, int row, int head, int block) {
+    work.settle<ROWS, TILE>(call);
+    auto look_up = [&] { return work.done() ? 0 : work.page_of(call, work.tile * TILE + part * BOX, BOX); };
+    int page_index = look_up();
+    for (unsigned slot = 0, phase = 1; !work.done();) {
+      const int key = work.tile * TILE + part * BOX, head = work.head;
+      const bool read = key < work.high && key + BOX > work.low;
+      const int in_page = key - divided(key, call.page_inverse) * call.page, block = page_index;
+      const int row = call.tables ? in_page : call.key_starts[work.request] + key;
+      work.step<ROWS, TILE>(call);
+      page_index = look_up();  // one tile ahead of its use
       barrier_wait(empty + 8 * slot, phase);
       if (lane == 0) {
         barrier_expect(keys_here + 8 * slot, TILE_BYTES);
@@ -186,44 +109,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         copy_box(of_values ? value_map : key_map, to + slot * 2 * TILE_BYTES,
                  (of_values ? values_here : keys_here) + 8 * slot, policy, panel * 64, read ? row : -BOX, head, block);
       if (++slot == STAGES) slot = 0, phase ^= 1;
-    };
-    auto look_up = [&] { return work.done() ? 0 : work.page_of(call, work.tile * TILE + part * BOX, BOX); };
-    auto seen = [&](int key) { return key < work.high && key + BOX > work.low; };
-    auto row_of = [&](int key) {
-      return call.tables ? key - divided(key, call.page_inverse) * call.page : call.key_starts[work.request] + key;
-    };
-    if constexpr (CLUSTER == 1) {
-      work.settle<ROWS, TILE>(call);
-      for (int page_index = look_up(); !work.done();) {
-        const int key = work.tile * TILE + part * BOX, row = row_of(key), head = work.head, block = page_index;
-        const bool read = seen(key);
-        work.step<ROWS, TILE>(call);
-        page_index = look_up();  // one tile ahead of its use
-        bring(read, row, head, block);
-      }
-    } else {
-      // Sums take the tiles' place at the end of every stretch, of those without tiles, too.
-      for (unsigned turn = 0; !work.done(); work.next<ROWS, TILE>(call), turn ^= 1) {
-        for (; work.tile < work.stop; ++work.tile) {
-          const int key = work.tile * TILE + part * BOX;
-          bring(seen(key), row_of(key), work.head, look_up());
-        }
-        if (lane == 0) barrier_arrive(sums.taken);
-        if (work.left == 0) break;
-        barrier_wait_cluster(sums.taken, turn);
-        proxy_fence();
-      }
     }
     return;
   }
 
-  if constexpr (LENDS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(LENT_REGISTERS));
   const int squad = __shfl_sync(~0u, warp / 4, 0);  // so that the compiler sees that a warp's lanes agree
   const u64 query_operand = operand_k(shared_address(queries) + squad * QUERY_BYTES);
   const u64 first_key_operand = operand_k(shared_address(tiles));
   const u64 first_value_operand = operand_mn(shared_address(tiles) + TILE_BYTES, PANEL_BYTES);
   const int row_of_lane = squad * 64 + warp % 4 * 16 + lane / 4;
-  unsigned slot = 0, phase = 0, turn = 0;
+  unsigned slot = 0, phase = 0;
   if (WARPGROUPS == 2 && squad == 1) named_arrive(3, 256);  // the first one begins
   for (; !work.done(); work.next<ROWS, TILE>(call)) {
     float peak[2] = {-INFINITY, -INFINITY}, total[2] = {}, sum[HEAD_DIM / 2] = {};
@@ -261,15 +156,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const Sight sight(call, work, work.row_tile * ROWS + row_of_lane + 8 * half);
+          const u64 seen = sight.seen(key) >> 2 * (lane % 4);
 #pragma unroll
-          for (int part = 0; part < TILE / 64; ++part) {
-            const u64 seen = sight.seen(key + 64 * part) >> 2 * (lane % 4);
+          for (int n = 0; n < TILE / 8; ++n)
 #pragma unroll
-            for (int n = 0; n < 8; ++n)
-#pragma unroll
-              for (int i = 0; i < 2; ++i)
-                if (!(seen >> (8 * n + i) & 1)) score[32 * part + 4 * n + 2 * half + i] = -INFINITY;
-          }
+            for (int i = 0; i < 2; ++i)
+              if (!(seen >> (8 * n + i) & 1)) score[4 * n + 2 * half + i] = -INFINITY;
         }
       }
       moved = false;
@@ -357,37 +249,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 
     const Target target(call, work, deal);
-    if constexpr (CLUSTER > 1) named_sync(ALL_SQUADS, CONSUMERS);  // before the tiles' place is taken
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       total[half] += __shfl_xor_sync(~0u, total[half], 1);
       total[half] += __shfl_xor_sync(~0u, total[half], 2);
       const int row = row_of_lane + 8 * half;
-      if constexpr (CLUSTER > 1)
-        sums.lay_row(row, sum, half, peak[half], total[half]);
-      else if (work.row_tile * ROWS + row < work.rows * call.group)
+      if (work.row_tile * ROWS + row < work.rows * call.group)
         target.put_row<ROWS>(call, work, row, sum, half, peak[half], total[half]);
     }
-    if constexpr (CLUSTER > 1) {
-      Sums::tell(sums.offered);
-      barrier_wait_cluster(sums.offered, turn);
-      sums.add_slice(call, work, target);
-      Sums::tell(sums.taken);
-      if (target.pieces > 1 &&
-          came_last<ROWS>(call, work, target, plan, [] { named_sync(ALL_SQUADS, CONSUMERS); })) {
-        const int begin = place_in_worker() * SLICE, live = work.rows * call.group - work.row_tile * ROWS;
-        for (int row = begin + int(threadIdx.x) / 32; row < min(begin + SLICE, live); row += CONSUMERS / 32)
-          target.add_up<ROWS>(call, work, row);
-      }
-      barrier_wait_cluster(sums.taken, turn);  // this block's memory must stay until it was read
-      turn ^= 1;
-    } else {
-      named_sync(1 + squad, 128);  // before the queries' place is taken
-    }
+    named_sync(1 + squad, 128);  // before the queries' place is taken
   }
 }
-
-#if CLUSTER == 1
 
 // Adds up the pieces of every item that was cut: a warp a row. The grid names items by (tile of rows, eight rows, KV
 // head); blocks: of decode_wide's grid.
@@ -402,4 +274,3 @@ extern "C" __global__ void __launch_bounds__(256) add_pieces(CALL_PARAMETERS, in
   const int row = blockIdx.z * 8 + threadIdx.x / 32;
   if (target.pieces > 1 && at.row_tile * ROWS + row < at.rows * call.group) target.add_up<ROWS>(call, at, row);
 }
-#endif

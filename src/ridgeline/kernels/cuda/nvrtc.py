@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,6 @@ MONTH_S = 30 * 24 * 3600
 STATIC_SHARED_BYTES = 48 * 1024
 """Shared memory that a block gets without asking for more."""
 INVALID_CONTEXT = 201
-PORTABLE_CLUSTER = 8
-"""Blocks of a cluster that every GPU with clusters takes; more have to be allowed."""
 
 _importing = threading.Lock()  # cuda-core cannot be imported by two threads at once
 
@@ -216,7 +213,7 @@ class Kernel:
         dependent: bool = False,
     ) -> None:
         self.file, self.symbol, self.arguments, self.defines = file, symbol, arguments, dict(defines)
-        self.shared_bytes, self.features, self.cluster = shared_bytes, features, cluster
+        self.shared_bytes, self.features = shared_bytes, features
         self._loaded: dict[int, ctypes.c_void_p] = {}
         self._lock = threading.Lock()
         self._pointers = tuple(place for place, kind in enumerate(arguments) if kind == POINTER)
@@ -235,7 +232,6 @@ class Kernel:
         self._attributes = ctypes.create_string_buffer(attributes, max(len(attributes), 1))
         self._attribute_list = (ctypes.addressof(self._attributes), len(attributes) // 72)
         self._call: Any = None
-        self._at_once: dict[tuple[int, int, int], int] = {}
 
     def load(self, device: int) -> ctypes.c_void_p:
         """Compile or read the machine code and load it on a device; the driver's handle of the kernel."""
@@ -253,33 +249,11 @@ class Kernel:
             if self.shared_bytes > STATIC_SHARED_BYTES:
                 # 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked(cuda.cuKernelSetAttribute(8, self.shared_bytes, handle, device), what)
-            if prod(self.cluster) > PORTABLE_CLUSTER:
-                # 14: CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-                _checked(cuda.cuKernelSetAttribute(14, 1, handle, device), what)
             function = ctypes.c_void_p()
             _checked(cuda.cuKernelGetFunction(ctypes.byref(function), handle), what)  # loads it here and now
             self._call = cuda.cuLaunchKernelEx
             self._loaded[device] = handle
             return handle
-
-    def clusters_at_once(self, device: int, block: int, shared_bytes: int) -> int:
-        """How many clusters of this kernel a device can hold at a time; 0 if not even one. block: threads.
-
-        A cluster lies within one of the GPU's clusters of multiprocessors, whose sizes differ from card to card.
-        """
-        key = device, block, shared_bytes
-        if key not in self._at_once:
-            handle = self.load(device)
-            assert self.cluster != (1, 1, 1), f"{self.symbol} has no clusters"
-            config = ctypes.create_string_buffer(struct.calcsize(_CONFIG))
-            attributes = ctypes.addressof(self._attributes)  # the first is the cluster's
-            struct.pack_into(_CONFIG, config, 0, *self.cluster, block, 1, 1, shared_bytes, 0, attributes, 1)
-            found = ctypes.c_int()
-            with torch.cuda.device(device), _context(device):
-                result = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), handle, config)
-            _checked(result, f"counting the clusters of {self.symbol} that fit")
-            self._at_once[key] = found.value
-        return self._at_once[key]
 
     def _check(self, cuda: ctypes.CDLL, handle: ctypes.c_void_p, what: str) -> None:
         """Hold the declared kinds of arguments against the parameters of the machine code."""

@@ -50,8 +50,7 @@ def machine(device: int) -> Machine:
 
 
 class _Counters:
-    """Counters of pieces that have arrived, one an item (and a block of a cluster): zero between launches, since the
-    last to arrive resets.
+    """Counters of pieces that have arrived, one an item: zero between launches, since the last to arrive resets.
 
     Calls take turns through a ring, so that calls which run at the same time, on several streams or in several
     graphs, share none (as long as fewer than COUNT items are under way).
@@ -68,9 +67,7 @@ class _Counters:
 
     def take(self, count: int) -> torch.Tensor:
         if count > self.COUNT:
-            raise KernelRefused(
-                f"q: decode takes up to {self.COUNT} tiles of rows times KV heads (and blocks a cluster), not {count}"
-            )
+            raise KernelRefused(f"q: decode takes up to {self.COUNT} tiles of rows times KV heads, not {count}")
         place = self.next if self.next + count <= self.COUNT else 0
         self.next = place + -(-count // 32) * 32
         return self.ring[place : place + count]
@@ -96,27 +93,19 @@ class Work(NamedTuple):
 
 
 def work(
-    call: Call,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    rows: int,
-    tile: int,
-    workers: int,
-    fixed: int | None,
-    cluster: int = 1,
+    call: Call, out: torch.Tensor, lse: torch.Tensor | None, rows: int, tile: int, blocks: int, fixed: int | None
 ) -> Work:
     """The call as a split-KV kernel takes it.
 
-    rows, tile: of a tile of scores. workers: blocks of the grid, or clusters of so many blocks. fixed: keys of a piece
-    that is summed by itself, or None for equal shares. The workspace comes from torch's allocator, so that a captured
-    graph owns it.
+    rows, tile: of a tile of scores. blocks: of the grid. fixed: keys of a piece that is summed by itself, or None
+    for equal shares. The workspace comes from torch's allocator, so that a captured graph owns it.
     """
     q, k = call.q, call.k
     kv_heads, group, requests, head_dim = k.shape[1], call.group, call.lengths.shape[0], q.shape[2]
     row_tiles = q.shape[0] * group // rows + requests
     paged = call.block_tables is not None
     if fixed is None:
-        grain, slots = 0, 2 * workers
+        grain, slots = 0, 2 * blocks
     else:
         grain = max(1, fixed // tile)
         capacity = k.shape[0] if call.block_tables is None else call.block_tables.shape[1] * k.shape[2]
@@ -125,7 +114,7 @@ def work(
     page, cap = call.page or 1, call.softcap
     arguments = (
         q, k, call.v, out, lse, call.block_tables, call.query_starts, call.lengths, call.key_starts, call.sinks,
-        call.tree, call.tails, partial, _counters(q.get_device()).take(row_tiles * kv_heads * cluster),
+        call.tree, call.tails, partial, _counters(q.get_device()).take(row_tiles * kv_heads),
         slots, requests, kv_heads, group, _inverse(group), page, _inverse(page),
         call.window or 0, 0 if call.tree is None else call.tree.stride(0), int(call.causal), grain,
         0 if call.block_tables is None else call.block_tables.stride(0),

@@ -4,18 +4,7 @@
 // Units: an item is one tile of ROWS rows (tokens times the query heads of one KV head) of one request for one KV
 // head; its keys fall into tiles of TILE keys. A unit is `grain` such tiles: one, or in the batch-invariant mode a
 // fixed number, and then every unit is summed by itself, so that its sum depends on nothing but its own request.
-//
-// Work is dealt to workers. A worker is a block, or with CLUSTER (a define) so many blocks of a cluster, which share the
-// tiles of each of its stretches between them. SHARES (a define): 0 for shares of one size, as small as may be; 1 for
-// shares that differ by up to one unit, where those of one size cut items; 2 for larger ones that do not, if hardly so.
 #pragma once
-
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
-#ifndef SHARES
-#define SHARES 0
-#endif
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -68,11 +57,6 @@ __device__ __forceinline__ void after_predecessor() {
 #endif
 }
 
-// This block's worker, how many there are, and the block's place in its own.
-__device__ __forceinline__ int this_worker() { return blockIdx.x / CLUSTER; }
-__device__ __forceinline__ int all_workers() { return gridDim.x / CLUSTER; }
-__device__ __forceinline__ int place_in_worker() { return blockIdx.x % CLUSTER; }
-
 // The call
 
 #define CALL_PARAMETERS                                                                                              \
@@ -114,16 +98,16 @@ struct Call {
   }
 };
 
-// A stretch of one item that belongs to this worker, and what is left behind it.
+// A stretch of one item that belongs to this block, and what is left behind it.
 struct Cursor {
   int start;                                     // number of the item's first unit
-  int left;                                      // units of this worker behind this stretch; -1 when all is done
+  int left;                                      // units of this block behind this stretch; -1 when all is done
   int request, first, rows, length, tail;        // tail: the key at which the request's tree begins, or length
   int begin, tiles, units;                       // of an item: its first tile of keys, how many, units
   int row_tile, row_tiles, head, offset, take;   // offset, take: the stretch, in units of its item
   int low, high;                                 // keys that any row of the tile sees: low .. high
   int all_from, all_until;                       // keys that all of them see, at least: all_from .. all_until
-  int tile, stop;                                // tiles of keys to go, of this block
+  int tile, stop;                                // tiles of keys to go
 
   __device__ __forceinline__ bool done() const { return left < 0; }
 
@@ -171,14 +155,9 @@ struct Cursor {
     all_from = call.window > 0 ? length - call.window : 0;
     tile = max(begin + offset * grain, int(u32(low) / TILE));
     stop = min(begin + min((offset + take) * grain, tiles), int(u32(high + TILE - 1) / TILE));
-    if constexpr (CLUSTER > 1) {
-      const u32 all = max(stop - tile, 0), place = place_in_worker();
-      stop = tile + all * (place + 1) / CLUSTER;
-      tile += all * place / CLUSTER;
-    }
   }
 
-  // The worker's next stretch; done() if it has none.
+  // The block's next stretch; done() if it has none.
   template <int ROWS, int TILE>
   __device__ __forceinline__ void next(const Call& call) {
     if (left == 0) {
@@ -295,45 +274,26 @@ struct Plan {
   int last;      // whether this block came last to an item
 };
 
-// `total` units dealt to at most `workers`, `share` each, and one more to the first `longer`.
+// `total` units dealt to at most `grid` blocks, `share` each. Where lengths are equal, shares of a whole number often
+// fall on the borders of items, and then fewer items are cut.
 struct Deal {
-  int share, longer, workers;
+  int share;
 
-  // Shares of one size, rounded up. Where lengths are equal they often fall on the borders of items, and then fewer
-  // items are cut.
-  __device__ __forceinline__ Deal(int total, int most) : longer(0) {
-    share = max(u32(total + most - 1) / u32(most), 1);
-    workers = u32(total + share - 1) / u32(share);
-  }
-  // Shares that differ by up to one unit: nobody ends a unit later than must be.
-  __device__ __forceinline__ void even_out(int total, int most) {
-    share = u32(total) / u32(most);
-    longer = total - share * most;
-    workers = min(total, most);
-  }
-  // Shares that hold whole items of so many units, or parts of one size of an item, if they are at most a sixteenth
-  // larger: then all workers have the same to do, and memory is busy all the same.
-  __device__ __forceinline__ void fit(int units, int total) {
-    u32 parts = u32(units) / u32(share);
-    while (parts > 1 && u32(units) % parts) --parts;
-    const int whole = share > units ? (u32(share) + units - 1) / u32(units) * units : u32(units) / parts;
-    if (whole > share + share / 16) return;
-    share = whole;
-    workers = u32(total + share - 1) / u32(share);
-  }
-  // For shares of one size: whether items of so many units lie in whole shares, or shares hold whole items.
-  __device__ __forceinline__ bool fits(int units) const {
-    return u32(units) % u32(share) == 0 || u32(share) % u32(units) == 0;
-  }
-  __device__ __forceinline__ int begin(int worker) const { return worker * share + min(worker, longer); }
-  __device__ __forceinline__ int size(int worker) const { return share + (worker < longer); }
-  __device__ __forceinline__ int owner(int unit) const {
-    if constexpr (SHARES == 1) {
-      const int border = longer * (share + 1);
-      return unit < border ? u32(unit) / u32(share + 1) : longer + u32(unit - border) / u32(share);
+  __device__ __forceinline__ Deal(int total, int grid) : share(max(u32(total + grid - 1) / u32(grid), 1)) {}
+  // A share that holds whole items of so many units, or one of equal parts of an item, if that takes at most a sixteenth
+  // more: fewer blocks then have the same to do, and memory is busy all the same.
+  __device__ __forceinline__ void fit(int units) {
+    const u32 least = share, most = least + least / 16;
+    if (least > u32(units)) {
+      const u32 whole = (least + units - 1) / u32(units) * units;
+      if (whole <= most) share = whole;
+    } else {
+      u32 parts = u32(units) / least;
+      while (parts * most >= u32(units) && u32(units) % parts) --parts;
+      if (parts * most >= u32(units)) share = u32(units) / parts;
     }
-    return u32(unit) / u32(share);
   }
+  __device__ __forceinline__ int owner(int unit) const { return u32(unit) / u32(share); }
 };
 
 // The sum of the values of this lane and those below.
@@ -364,8 +324,10 @@ __device__ __forceinline__ int up_to_thread(int value, Plan& plan, int& all) {
   return sum;
 }
 
-// Puts this worker's first stretch into `at`, done() if it has none. Every thread gets the same.
-template <int ROWS, int TILE, int THREADS>
+// Puts this block's first stretch into `at`, done() if it has none. Every thread gets the same.
+// FIT_FROM: units of a share from which it may grow to whole items; 0: never. To find out costs some divisions in a
+// row, 0.4 us, and where shares are small those of equal lengths fall on borders anyway.
+template <int ROWS, int TILE, int THREADS, int FIT_FROM = 0>
 __device__ __forceinline__ Deal begin_work(const Call& call, Cursor& at, Plan& plan) {
   const int lane = threadIdx.x % 32;
   if (call.tables) {  // they are asked for as soon as lengths are here: let them come from afar meanwhile
@@ -375,14 +337,12 @@ __device__ __forceinline__ Deal begin_work(const Call& call, Cursor& at, Plan& p
   Deal deal(0, 1);
   int total, begin, before;
   auto begins = [&] {
-    deal = Deal(total, all_workers());
-    if constexpr (SHARES > 0) {
+    deal = Deal(total, gridDim.x);
+    if (FIT_FROM > 0 && deal.share >= FIT_FROM && !call.grain) {
       Cursor one;  // the first request stands for all of them, since the deal must be the same everywhere
-      const bool rows = one.read<ROWS, TILE>(call, 0);
-      if (SHARES == 1 && !call.grain && !(rows && deal.fits(one.units))) deal.even_out(total, all_workers());
-      if (SHARES == 2 && !call.grain && rows) deal.fit(one.units, total);
+      if (one.read<ROWS, TILE>(call, 0)) deal.fit(one.units);
     }
-    begin = deal.begin(this_worker());
+    begin = blockIdx.x * deal.share;
     if (begin >= total) at.left = -1;
     return begin < total;
   };
@@ -420,17 +380,16 @@ __device__ __forceinline__ Deal begin_work(const Call& call, Cursor& at, Plan& p
   at.offset = inside - item * at.units;
   at.start = begin - at.offset;
   at.row_tile = u32(item) / u32(call.kv_heads), at.head = item - at.row_tile * call.kv_heads;
-  const int mine = min(deal.size(this_worker()), total - begin);
+  const int mine = min(deal.share, total - begin);
   at.take = call.grain ? 1 : min(at.units - at.offset, mine);
   at.left = mine - at.take;
   at.place<ROWS, TILE>(call);
   return deal;
 }
 
-// Puts item (tile number `number`, head) into `at`, whole; done() if there is none. workers: of the launch whose
-// pieces they are.
+// Puts item (tile number `number`, head) into `at`, whole; done() if there is none. grid: of the blocks that worked.
 template <int ROWS, int TILE, int THREADS>
-__device__ __forceinline__ Deal find_item(const Call& call, Cursor& at, Plan& plan, int number, int head, int workers) {
+__device__ __forceinline__ Deal find_item(const Call& call, Cursor& at, Plan& plan, int number, int head, int grid) {
   int total = 0, request = -1, before = 0;
   auto units_here = [&](int one, bool& here) {
     at.row_tile = 0;
@@ -458,7 +417,7 @@ __device__ __forceinline__ Deal find_item(const Call& call, Cursor& at, Plan& pl
     __syncthreads();
     request = plan.request, before = plan.before;
   }
-  const Deal deal(total, workers);
+  const Deal deal(total, grid);
   at.left = request < 0 ? -1 : 0;
   if (request < 0) return deal;
   at.read<ROWS, TILE>(call, request);
@@ -473,7 +432,7 @@ __device__ __forceinline__ Deal find_item(const Call& call, Cursor& at, Plan& pl
 // Where a stretch's sums go: to the result, or to a slot of the workspace.
 struct Target {
   int pieces;      // of the item
-  int first, own;  // first: worker of the item's first piece, or unit if every unit is summed by itself; own: this piece
+  int first, own;  // first: block of the item's first piece, or unit if every unit is summed by itself; own: this piece
 
   __device__ __forceinline__ Target(const Call& call, const Cursor& at, const Deal& deal) {
     if (call.grain) {
@@ -481,11 +440,11 @@ struct Target {
     } else {
       first = deal.owner(at.start);
       pieces = deal.owner(at.start + at.units - 1) - first + 1;
-      own = this_worker() - first;
+      own = int(blockIdx.x) - first;
     }
   }
 
-  // A worker leaves at most two partial sums: of the item it begins in and of the one it ends in.
+  // A block leaves at most two partial sums: of the item it begins in and of the one it ends in.
   __device__ __forceinline__ int slot(const Call& call, int piece) const {
     return call.grain ? first + piece : 2 * (first + piece) + (piece == 0);
   }
@@ -623,22 +582,21 @@ struct Target {
   }
 };
 
-// Called by every thread that `sync` brings together once its piece of an item is put: whether this block is the last
-// to come, and so sees all pieces (of a cluster: what the blocks at its place put).
-template <int ROWS, class Sync>
-__device__ __forceinline__ bool came_last(const Call& call, const Cursor& at, const Target& target, Plan& plan,
-                                          Sync sync) {
-  sync();
+// Called by every thread of a block once its piece of an item is put: whether it is the last to come, and so sees
+// all pieces.
+template <int ROWS>
+__device__ __forceinline__ bool came_last(const Call& call, const Cursor& at, const Target& target, Plan& plan) {
+  __syncthreads();
   if (threadIdx.x == 0) {
     const int item = at.tile_number<ROWS>(call) * call.kv_heads + at.head;
     u32 old;
     // Wraps to zero with the last piece: ready for the next launch.
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
                  : "=r"(old)
-                 : "l"(call.counters + item * CLUSTER + place_in_worker()), "r"(target.pieces - 1)
+                 : "l"(call.counters + item), "r"(target.pieces - 1)
                  : "memory");
     plan.last = old == u32(target.pieces - 1);
   }
-  sync();
+  __syncthreads();
   return plan.last;
 }
