@@ -234,36 +234,45 @@ class Queue:
         self.state = read(options.out)
         self.under_way: set[str] = set()
         self.running = Running()
+        self.at_work: set[threading.Thread] = set()
         self.changed = threading.Condition()
 
     def empty(self) -> None:
         """Run all that can be run. An exception in one thread leaves the others to end their steps; one in this thread
         (told to end) stops them."""
-        threads = [threading.Thread(target=self.work, args=(gpu,)) for gpu in self.options.gpus or [None]]
         try:
-            for thread in threads:
+            for gpu in self.options.gpus or [None]:
+                thread = threading.Thread(target=self.work, args=(gpu,))
+                self.at_work.add(thread)
                 thread.start()
-            for thread in threads:
-                thread.join()
+            self.wait()
         except BaseException:
             with self.changed:
                 self.waiting.clear()
                 self.changed.notify_all()
             self.running.stop()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            self.wait()
             raise
 
+    def wait(self) -> None:
+        """Until nobody works. (A join that is interrupted may take its thread for ended: bugs.python.org/issue45274.)"""
+        with self.changed:
+            self.changed.wait_for(lambda: not any(thread.ident is not None for thread in self.at_work))
+
     def work(self, gpu: str | None) -> None:
-        while (step := self.next()) is not None:
-            try:
-                outcome = run(step, self.options, self.running, gpu)
-            finally:
-                with self.changed:
-                    self.under_way.discard(step.name)
-                    self.changed.notify_all()
-            self.note(step, outcome)
+        try:
+            while (step := self.next()) is not None:
+                try:
+                    outcome = run(step, self.options, self.running, gpu)
+                finally:
+                    with self.changed:
+                        self.under_way.discard(step.name)
+                        self.changed.notify_all()
+                self.note(step, outcome)
+        finally:
+            with self.changed:
+                self.at_work.discard(threading.current_thread())
+                self.changed.notify_all()
 
     def next(self) -> Step | None:
         """The first step that may begin; None if none ever will."""
