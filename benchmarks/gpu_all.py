@@ -255,7 +255,7 @@ class Queue:
             raise
 
     def wait(self) -> None:
-        """Until nobody works. (A join that is interrupted may take its thread for ended: bugs.python.org/issue45274.)"""
+        """Until nobody works. A join that is interrupted may take its thread for ended (bugs.python.org/issue45274)."""
         with self.changed:
             self.changed.wait_for(lambda: not any(thread.ident is not None for thread in self.at_work))
 
