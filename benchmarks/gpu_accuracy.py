@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
 
 
 def arguments() -> argparse.ArgumentParser:
-    result = parser(__doc__ or "", rounds=7)
+    result = parser(__doc__ or "", rounds=15)
     result.add_argument("--device", default="cuda")
     result.add_argument("--kernels", default="auto")
     result.add_argument("--models", nargs="+", default=list(MODELS), help="held-out configs of benchmarks/data")

@@ -15,7 +15,7 @@ from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 from ridgeline.models import build_model, parse_config
 from ridgeline.ops import REGISTRY, Weight
-from ridgeline.perf.card import Card
+from ridgeline.perf.card import Card, in_tiles
 from ridgeline.perf.machine_card import (
     Curve,
     Known,
@@ -116,14 +116,56 @@ def test_other_rates_change_what_they_bound(price: Price) -> None:
 
 
 def test_what_lies_around_ops(price: Price) -> None:
-    card = machine(step_s=0.4, gap_s=0.01, request_s=0.1, start_s=5.0, call_s=0.5, decode_scale=1.0, host_step_s=0.2)
+    names = [name for name, _ in price.meter(Spans((1,), (1,)), 1).calls]
+    launch_s = {name: 0.25 if name == "norm" else 0.5 for name in names}
+    around = {"step_s": 0.4, "request_s": 0.1, "gap_s": 0.01, "host_step_s": 0.2}
+    card = machine(**around, start_s=5.0, launch_s=launch_s, launch_scale=2.0)
     found, bare = card.card(price, "small"), machine().card(price, "small")
     decode, prompt = Spans((1, 1), (16, 16)), Spans((8,), (8,))
-    calls = len(price.meter(Spans((1,), (1,)), 1).calls)
+    calls, norms = len(names), names.count("norm")
     assert found.device_s(decode, 2) - bare.device_s(decode, 2) == pytest.approx(0.4 + 0.01 * calls + 0.2)
-    assert found.dispatch_s == pytest.approx(5 + 0.5 * calls)
+    assert found.dispatch_s == pytest.approx(5 + 2 * (0.5 * (calls - norms) + 0.25 * norms))
     assert found.device_s(prompt, 1) == pytest.approx(found.dispatch_s)  # handed over op by op
     assert found.host_s(decode) == pytest.approx(0.2)
+
+
+def test_launches_that_were_not_measured_are_named(price: Price) -> None:
+    launch_s = {name: 1e-5 for name in OPS if name != "norm"}
+    with pytest.raises(InvalidArgument, match=r"what it takes to launch attention, norm"):
+        machine(launch_s=launch_s).card(price, "small")
+
+
+def test_calls_of_one_token_have_a_gap_and_a_scale_of_their_own(price: Price) -> None:
+    """Less than nothing between them, but never below the floor."""
+    card, alone, two = (
+        machine(4.0, gap_s=1e-7, alone_gap_s=1e-7, step_s=1.0),
+        Spans((1,), (16,)),
+        Spans((1, 1), (16, 16)),
+    )
+    changed = replace(card, alone_gap_s=-2e-7, alone_scale=0.9)
+    before, after = card.card(price, "small"), changed.card(price, "small")
+    assert after.device_s(two, 2) == before.device_s(two, 2)
+    calls = len(price.meter(alone, 1).calls)
+    _, _, other_s = card.parts(price, alone)
+    assert before.device_s(alone, 1) - after.device_s(alone, 1) == pytest.approx(3e-7 * calls + 0.1 * other_s)
+    least = replace(card, alone_gap_s=-1.0, gap_s=0.0).card(price, "small")
+    floor_s = sum(card.fastest.seconds(cost) for name, cost in price.meter(alone, 0).calls if name != "attention")
+    assert least.body(1) == pytest.approx(floor_s)
+
+
+def test_attention_goes_by_whole_tiles(price: Price) -> None:
+    """Keys beyond a full tile count as another full one; the first, and full ones, as they are."""
+    assert [in_tiles(one, 32) for one in (20, 32, 33, 64, 65)] == [20, 32, 64, 64, 96]
+    rising = Plane(HEADS, (1.0, 8.0), (16.0, 128.0), ((_point(1.0, 1e-6), _point(1.0, 8e-6)),) * 2)
+    card = machine(decode=(rising,), tile=32)
+    made = card.card(price, "small")
+    assert made.tile == 32
+    seconds = {one: made.device_s(Spans((1,), (one,)), 1) for one in (20, 32, 40, 64)}
+    assert seconds[40] == seconds[64]
+    assert seconds[20] < seconds[32] < seconds[40]
+    parts = [card.parts(price, Spans((1,), (one,)))[1] for one in (40, 64)]
+    assert parts[0] == parts[1]
+    assert made.device_s(Spans((40,), (40,)), 1) < made.device_s(Spans((40,), (64,)), 1)  # prompts are not rounded
 
 
 def test_between_points_and_sizes() -> None:

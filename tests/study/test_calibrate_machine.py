@@ -19,20 +19,22 @@ from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 from ridgeline.models import build_model, parse_config
 from ridgeline.models.spec import read_config
-from ridgeline.ops import REGISTRY
-from ridgeline.perf.machine_card import MachineCard, read_card
+from ridgeline.ops import REGISTRY, Ops
+from ridgeline.perf.machine_card import Curve, MachineCard, Plane, Point, read_card, shape_of
 from ridgeline.perf.price import Price
 from ridgeline.study import calibrate, calibrate_machine
 from ridgeline.study.calibrate import BusyMachine
 from ridgeline.study.calibrate_machine import (
     CPU,
     CUDA,
+    LOWEST,
     Made,
     Points,
     PoorFit,
     _llama,
     _mixture,
     bounded,
+    lower_line,
     routed_cost,
 )
 from ridgeline.study.timing import Stretch, Works, slowed
@@ -75,7 +77,7 @@ def test_a_whole_card(card: MachineCard, tiny: Path) -> None:
             assert [tokens for tokens, _ in curve.points] == sorted(tokens for tokens, _ in curve.points)
     assert {one.sizes for one in card.decode} == {(2.0, 1.0, 16.0), (4.0, 2.0, 16.0)}
     assert card.prefill[0].columns == (1.0, 2.0)
-    assert (card.start_s, card.call_s) == (0.0, 0.0)  # a CPU has computed a step when it is handed over
+    assert (card.start_s, card.launch_s) == (0.0, {})  # a CPU has computed a step when it is handed over
     assert card.residual >= 0
     assert len(card.steps) == 2 * 7
     least, most = calibrate_machine.DECODE_SCALE
@@ -131,6 +133,90 @@ def test_a_fit_keeps_within_its_bounds() -> None:
     assert bounded(unseen, measured, (*bounds, (0.8, 1.25)), near=(3,)) == pytest.approx([*truth, 1.0], rel=1e-3)
 
 
+def test_a_quiet_host_lies_on_the_lowest_line() -> None:
+    """Neighbours slow a host, none makes it faster: two models that were left alone are enough."""
+    quiet = [(1e-3 * number, 1e-3 + 1.2e-3 * number) for number in (2, 4, 6, 8, 10)]
+    slowed_by = (1.3, 1.0, 1.5, 1.0, 2.4)
+    points = [(x, y * times) for (x, y), times in zip(quiet, slowed_by)]
+    assert lower_line(points, LOWEST) == pytest.approx((1e-3, 1.2))
+    assert lower_line([(1.0, 3.0), (2.0, 2.0)], LOWEST)[1] >= 0
+    assert lower_line([(1.0, 1.0), (2.0, 3.0)], LOWEST)[0] >= 0
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_launches_of_every_op_are_on_the_card(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    """As on a device that computes behind the host; what a CPU takes to launch an op is all that it takes."""
+    monkeypatch.setattr(calibrate_machine, "hands_over", lambda device: True)
+    made = calibrate_machine.calibrate_machine(torch.device("cpu"), TINY, allow_busy=True, kernels="reference")
+    assert set(made.launch_s) >= {"linear", "gated_linear", "moe", "norm", "rope_kv_write", "embed", "attention"}
+    assert all(seconds > 0 for seconds in made.launch_s.values())
+    assert made.start_s >= 0
+    assert made.launch_scale >= 0
+    spec = parse_config(read_config(tiny), "tiny")
+    price = Price(build_model(spec, torch.device("meta"), torch.float32, 64), 64, torch.float32)
+    prompt = Spans((8,), (8,))
+    assert made.card(price, "tiny").device_s(prompt, 1) >= made.start_s + made.launch_scale * made.launches_s(price) > 0
+
+
+def test_steps_tell_tiles_and_what_lies_between_calls() -> None:
+    """Steps made up by a card of known tile, gaps and scales: the fit finds them."""
+    prices: dict[str, Price] = {}
+    for name, hidden, layers in (("a", 64, 2), ("b", 128, 8), ("c", 256, 20)):
+        values = {**_llama(hidden, 2 * hidden, hidden // 16, 1, layers, 40 * hidden), "head_dim": 16}
+        spec = parse_config({**values, "max_position_embeddings": 4096, "torch_dtype": "float32"})
+        prices[name] = Price(build_model(spec, torch.device("meta"), torch.float32, 4096), 64, torch.float32)
+    rates = {"read_bytes_per_s": 1e11, "matrix_flops": 1e13, "reads": ()}
+    limits = {"most_tokens": 64, "most_requests": 32, "longest": 4096}
+    point = Point(0.0, 1e5, 4e-6)
+    seen = calibrate_machine._Calls()
+    curves: dict[str, tuple[Curve, ...]] = {}
+    for price in prices.values():
+        price.trace(Spans((1,), (1,)), 1, False, Ops({}, seen))
+    for op, args, kwargs in seen.calls:
+        if op.name != "attention":
+            _, sizes = shape_of(op.name, args, kwargs)
+            curves[op.name] = (Curve(sizes, ((1.0, point), (64.0, point))),)
+    rows, columns = (1.0, 32.0), (16.0, 4096.0)
+    grid = tuple(tuple(Point(0.0, 1e2 * row * at, 3e-6 + 1e-9 * row * at) for at in columns) for row in rows)
+    plane = Plane((4.0, 1.0, 16.0), rows, columns, grid)
+    base = MachineCard(
+        device="", dtype="float32", made="", ops=curves, decode=(plane,), prefill=(plane,), **rates, **limits
+    )
+    known = {"step_s": 5e-5, "request_s": 2e-7, "gap_s": 4e-7, "alone_gap_s": -3e-7, "tile": 128}
+    truth = replace(base, **known, attention_scale=1.0)
+    steps = []
+    for name, price in prices.items():
+        made, calls = truth.card(price, name), truth._dense(price, 1, 1).calls
+        for count, context in ((1, 300), (1, 2000), (2, 700), (4, 200), (8, 1700), (16, 450), (24, 1000), (32, 130)):
+            shape = calibrate_machine.Shape(((1, context),) * count)
+            seconds = made.device_s(shape.as_spans(), count)
+            steps.append(calibrate_machine._Step(name, shape, seconds, 0.0, calls))
+    found = calibrate_machine._Found(steps=steps, prices=prices, hands_over=True)
+    fitted = calibrate_machine._with_decoding(base, found, steps)
+    assert fitted.tile == 128
+    for name, value in known.items():
+        assert getattr(fitted, name) == pytest.approx(value, rel=0.1), name
+    assert (fitted.decode_scale, fitted.alone_scale, fitted.attention_scale) == pytest.approx((1, 1, 1), abs=0.02)
+
+
+def test_long_decode_ops_are_captured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture whose floor is 0.4 ms takes the host longer to launch than that, beside others."""
+    captured: list[bool] = []
+
+    def noting(works: Works, calls: int, graph: bool, pool: Any = None) -> Stretch:
+        captured.append(graph)
+        return Stretch(lambda: 5e-4, 10, graph)
+
+    monkeypatch.setattr(calibrate_machine, "on_cuda", noting)
+    rows: Any = object.__new__(calibrate_machine._Rows)
+    rows.device, rows.pool, rows.found = torch.device("cuda"), "a pool", calibrate_machine._Found()
+    rows.points = TINY
+    rows.bench = SimpleNamespace(built=SimpleNamespace(runner=SimpleNamespace(graphs=object())), spread=1.0)
+    for floor_s in (4e-4, 2e-2):
+        rows.seconds("moe", Works([lambda: None]), floor_s, True)
+    assert captured == [True, False]
+
+
 def test_ops_that_do_not_add_up_are_told(card: MachineCard) -> None:
     shape = calibrate_machine.Shape(((1, 30),))
     step = calibrate_machine._Step("dense", shape, 4e-3, 0.0, 10)
@@ -141,6 +227,10 @@ def test_ops_that_do_not_add_up_are_told(card: MachineCard) -> None:
     assert f"attention of decoding take {least:.2f} times" in calibrate_machine._doubt(low, 1.0, step, 4e-3)
     said = calibrate_machine._doubt(replace(good, residual=0.99), 1.0, step, 1e-3)
     assert "off by 99%, at worst 1 x (1 new of 30) of dense: 4.000 ms measured, 1.000 predicted" in said
+    assert "host" not in said
+    prompt = replace(step, shape=calibrate_machine.Shape(((30, 30),)), start_s=3.9e-3)
+    said = calibrate_machine._doubt(replace(good, residual=0.99), 1.0, prompt, 1e-3)
+    assert said.endswith("1.000 predicted (the host paces it)")
 
 
 def test_ops_that_do_not_add_up_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

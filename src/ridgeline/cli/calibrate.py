@@ -109,15 +109,22 @@ def machine_table(card: MachineCard, output: Path) -> Table:
         table.add_row(f"{name}, share of its limit", f"{min(shares):.0%} to {max(shares):.0%}")
     table.add_row(
         "around the ops, a step, a request and a call",
-        f"{card.step_s * 1e6:.0f}, {card.request_s * 1e6:.1f} and {card.gap_s * 1e6:.2f} µs",
+        f"{card.step_s * 1e6:.0f}, {card.request_s * 1e6:.1f} and {card.gap_s * 1e6:.2f} µs "
+        f"({card.alone_gap_s * 1e6:.2f} of one token)",
     )
     table.add_row(
         "ops in a step over ops in a row",
-        f"{card.decode_scale:.2f}, attention {card.attention_scale:.2f}, mixtures {card.mixture_scale:.2f}, "
-        f"in prompts {card.prefill_scale:.2f}",
+        f"{card.decode_scale:.2f}, of one token {card.alone_scale:.2f}, attention {card.attention_scale:.2f}, "
+        f"mixtures {card.mixture_scale:.2f}, in prompts {card.prefill_scale:.2f}",
     )
-    if card.call_s:
-        table.add_row("handing over, a step and an op", f"{card.start_s * 1e6:.0f} and {card.call_s * 1e6:.1f} µs")
+    if card.launch_s:
+        longest = max(card.launch_s, key=lambda name: card.launch_s[name])
+        table.add_row(
+            "handing over a step, and its ops over ops in a row",
+            f"{card.start_s * 1e6:.0f} µs and {card.launch_scale:.2f}, at most {card.launch_s[longest] * 1e6:.0f} µs "
+            f"({longest})",
+        )
+    table.add_row("attention takes keys by", f"{card.tile}")
     table.add_row(
         "on the host, a step and a request", f"{card.host_step_s * 1e6:.0f} and {card.host_request_s * 1e6:.1f} µs"
     )

@@ -7,7 +7,7 @@ A step is all ops but attention (by tokens), the head (by sampled rows), attenti
 prefills by new tokens and those before them), all times ops_scale; and what lies around them: step_s + request_s a
 request on the device's side, host_step_s + host_request_s on the host's, and between two steps, in the loop of whoever
 drives the engine, loop_step_s + loop_request_s. Steps other than decoding, which a GPU is handed op by op, take no less
-than dispatch_s.
+than dispatch_s. Attention of decoding takes a request's keys by whole tiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from typing import Any
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 
-VERSION = 4
+VERSION = 5
+
+
+def in_tiles(visible: int, tile: int) -> int:
+    """Keys that a kernel goes through which takes them by so many at once; one that is not filled once is cut short."""
+    return visible if visible <= tile else -(-visible // tile) * tile
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,9 @@ class Card:
     """Measured seconds of one model's steps on one device.
 
     decode: by requests and their mean context. prefill: of one request, by new tokens and tokens before them. longest:
-    most keys that a request may have had. made: date; versions: of packages; clocks: as the device reported them.
-    residual: 95th percentile of |predicted / measured - 1| over steps that took no part in the fit: the error bar of a
-    prediction.
+    most keys that a request may have had. tile: keys that decoding takes at once. made:
+    date; versions: of packages; clocks: as the device reported them. residual: 95th percentile of
+    |predicted / measured - 1| over steps that took no part in the fit: the error bar of a prediction.
     """
 
     device: str
@@ -103,6 +108,7 @@ class Card:
     loop_request_s: float
     residual: float
     dispatch_s: float = 0.0
+    tile: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)
     clocks: Mapping[str, Any] = field(default_factory=dict)
 
@@ -122,7 +128,7 @@ class Card:
 
     def attention_s(self, spans: Spans) -> float:
         """Decodes together, by their number and mean context; prefills one by one, their fixed part counted once."""
-        ones = [visible for new, visible in zip(spans.new, spans.visible) if new == 1]
+        ones = [in_tiles(visible, self.tile) for new, visible in zip(spans.new, spans.visible) if new == 1]
         seconds = self.decode(len(ones), sum(ones) / len(ones)) if ones else 0.0
         fixed = self.prefill.values[0][0]
         others = [(new, visible) for new, visible in zip(spans.new, spans.visible) if new > 1]

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,12 +28,12 @@ from ridgeline.core.cost import Cost
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 from ridgeline.ops import Op, Ops
-from ridgeline.perf.card import Card, Grid, Line, load_card
+from ridgeline.perf.card import Card, Grid, Line, in_tiles, load_card
 from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
 
 MACHINE = "machine"
-VERSION = 2
+VERSION = 3
 NEAREST = 3.0
 """Known sizes count by one over their distance (of logarithms) to this power."""
 FAR = 0.5
@@ -108,12 +109,15 @@ class MachineCard:
     """What a device makes of ops in one dtype.
 
     read_bytes_per_s, matrix_flops: sustained rates that floors are counted by. reads: (bytes, bytes/s), read rate by
-    working set. ops: by name. decode, prefill: attention. mixture_scale, attention_scale, decode_scale (all other ops):
-    what ops take in decode steps as the engine runs them, as a share of their times in a row of their like;
-    prefill_scale: the same of all ops in prompts. step_s, request_s, gap_s: around ops, on the device: of a step, of a
-    request, and between two calls. start_s, call_s: of the host, to hand a step to the device op by op. most_tokens,
-    most_requests, longest: how far the points go. residual: as on a Card. steps: of the made-up models, as measured and
-    as the card has them. doubt: why not to trust it, if anything.
+    working set. ops: by name. decode, prefill: attention. mixture_scale, attention_scale, decode_scale (all other ops),
+    alone_scale (these in a step of one token): what ops take in decode steps as the engine runs them, as a share of
+    their times in a row of their like; prefill_scale: the same of all ops in prompts. tile: as on a Card. step_s,
+    request_s, gap_s, alone_gap_s: around ops, on the device: of a step, of a request, and between two calls, of many
+    tokens and of one; calls that begin under the end of the one before have less than none. start_s, launch_s,
+    launch_scale: of the host, to hand a step to the device op by op: once, a call of each op in a row of its like, and
+    what it takes in a step as a multiple of that. most_tokens, most_requests, longest: how far the points go. residual:
+    as on a Card. steps: of the made-up models, as measured and as the card has them. doubt: why not to trust it, if
+    anything.
     """
 
     device: str
@@ -126,14 +130,18 @@ class MachineCard:
     decode: tuple[Plane, ...]
     prefill: tuple[Plane, ...]
     decode_scale: float = 1.0
+    alone_scale: float = 1.0
     attention_scale: float = 1.0
     mixture_scale: float = 1.0
     prefill_scale: float = 1.0
     step_s: float = 0.0
     request_s: float = 0.0
     gap_s: float = 0.0
+    alone_gap_s: float = 0.0
+    tile: int = 1
     start_s: float = 0.0
-    call_s: float = 0.0
+    launch_s: Mapping[str, float] = field(default_factory=dict)
+    launch_scale: float = 1.0
     host_step_s: float = 0.0
     host_request_s: float = 0.0
     loop_step_s: float = 0.0
@@ -214,7 +222,7 @@ class MachineCard:
         befores = [0, *(one for one in contexts if one < most)]
         bodies = [self._dense(price, one, 0) for one in tokens]
         heads = [(self._dense(price, one, 0), self._dense(price, one, one)) for one in requests]
-        calls = self._dense(price, 1, 1).calls
+        calls = heads[0][1].calls
 
         def decode(count: int, context: int) -> float:
             return self._attention(price, Spans((1,) * count, (context,) * count), self.attention_scale)
@@ -227,10 +235,10 @@ class MachineCard:
             model=model,
             dtype=self.dtype,
             made=self.made,
-            body=Line(tuple((float(one), max(self._scaled(of, one), of.floor_s)) for one, of in zip(tokens, bodies))),
+            body=Line(tuple((float(one), self._body(of, one, calls)) for one, of in zip(tokens, bodies))),
             head=Line(
                 tuple(
-                    (float(one), max(self.decode_scale * (both.seconds - of.seconds), both.floor_s - of.floor_s))
+                    (float(one), max(self._scale(one) * (both.seconds - of.seconds), both.floor_s - of.floor_s))
                     for one, (of, both) in zip(requests, heads)
                 )
             ),
@@ -245,7 +253,8 @@ class MachineCard:
             loop_step_s=self.loop_step_s,
             loop_request_s=self.loop_request_s,
             residual=self.residual,
-            dispatch_s=self.start_s + self.call_s * calls,
+            dispatch_s=self.start_s + self.launch_scale * self.launches_s(price) if self.launch_s else 0.0,
+            tile=self.tile,
             versions=self.versions,
             clocks=self.clocks,
         )
@@ -254,17 +263,33 @@ class MachineCard:
         floor_s = sum(times * self.fastest.seconds(cost) for times, cost in price.calls(spans))
         return max(scale * self.attention_s(price, spans), floor_s)
 
+    def launches_s(self, price: Price) -> float:
+        """Seconds of the host to launch all ops of a step, each as in a row of its like. InvalidArgument for an op that
+        was not measured."""
+        calls = self._dense(price, 1, 1).names
+        missing = sorted(set(calls) - set(self.launch_s))
+        if missing:
+            raise InvalidArgument("card", f"does not say what it takes to launch {', '.join(missing)}; calibrate again")
+        return sum(self.launch_s[name] * count for name, count in calls.items())
+
     def parts(self, price: Price, spans: Spans) -> tuple[float, float, float]:
         """Seconds in rows of their like, of a step's mixtures, its attention and all other ops. Requests are alike."""
         tokens = sum(spans.new)
         watch = self._dense(price, tokens, len(spans.new))
+        if tokens == len(spans.new):
+            spans = replace(spans, visible=tuple(in_tiles(one, self.tile) for one in spans.visible))
         return watch.mixture_s, self.attention_s(price, spans), watch.seconds - watch.mixture_s
 
-    def _scaled(self, of: _Seconds, tokens: int) -> float:
-        """Seconds of all ops but attention in a step of so many tokens."""
+    def _scale(self, tokens: int) -> float:
+        return self.alone_scale if tokens == 1 else self.decode_scale
+
+    def _body(self, of: _Seconds, tokens: int, calls: int) -> float:
+        """Seconds of all ops but attention in a step of so many tokens; of one, with what lies between its calls."""
         if tokens > self.most_requests:
-            return self.prefill_scale * of.seconds
-        return self.decode_scale * (of.seconds - of.mixture_s) + self.mixture_scale * of.mixture_s
+            return max(self.prefill_scale * of.seconds, of.floor_s)
+        seconds = self._scale(tokens) * (of.seconds - of.mixture_s) + self.mixture_scale * of.mixture_s
+        between_s = (self.alone_gap_s - self.gap_s) * calls if tokens == 1 else 0.0
+        return max(seconds + between_s, of.floor_s)
 
     def _dense(self, price: Price, tokens: int, rows: int) -> _Seconds:
         """All ops of a step but attention."""
@@ -298,11 +323,11 @@ class _Seconds:
     def __init__(self, card: MachineCard) -> None:
         self.card, self.fastest = card, card.fastest
         self.seconds = self.mixture_s = self.floor_s = 0.0
-        self.calls = 0
+        self.names: Counter[str] = Counter()
         self._known: dict[tuple[str, float, Sizes, Cost], float] = {}
 
     def before(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls += 1
+        self.names[op.name] += 1
         if op.name == "attention":
             return
         cost = op.floor(*args, **kwargs)
@@ -313,6 +338,10 @@ class _Seconds:
         if op.name == "moe":
             self.mixture_s += self._known[key]
         self.floor_s += self.fastest.seconds(cost)
+
+    @property
+    def calls(self) -> int:
+        return self.names.total()
 
     def after(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None: ...
 

@@ -40,26 +40,40 @@ from ridgeline.perf.machine_card import Curve, MachineCard, Plane, Point, Sizes,
 from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
 from ridgeline.run.runner import Step
-from ridgeline.study.calibrate import around, fitted, quiet
+from ridgeline.study.calibrate import around, quiet
 from ridgeline.study.step_bench import Shape, StepBench, versions
 from ridgeline.study.timing import GraphPool, Works, clocks, forget, on_cuda, on_host
 
-COLD = 4
+COLD = 8
 """Calls in a row read this many times the last cache before one comes round again, if there are as many."""
 LONG_STEP_S = 5e-3
 WARM_STEPS = 2
-HIDDEN_S = 3e-4
-"""The host launches any op in less than this."""
+HIDDEN_S = 3e-3
+"""The host launches any op in less than this, whatever else it has to do: a mixture takes it half a millisecond."""
+LAUNCHES = 32
+"""Calls in a row that the host is timed at: few enough for the device's queue, even of mixtures."""
+LAUNCH_ROUNDS = 16
+PROMPT_TOKENS = 160
+"""Of the prompt whose ops' launches are timed."""
+QUIET = 0.25
+"""Other processes only ever delay a host: of its times this quantile stands for a quiet one."""
+LOWEST = 0.1
+"""Of models' times this share lies below the line that stands for a quiet host: with fewer than ten models none."""
 SURELY = 1.5
-"""Prompts whose ops take this many times what the host needs are the device's to pace."""
+"""Prompts that take this many times what the host needed to start them are the device's to pace."""
 
 DECODE_SCALE, PREFILL_SCALE = (0.75, 1.25), (0.75, 1.3)
 """What ops may take in a step over their times in a row of their like. Beyond that the rows are wrong, not the step."""
 PULL = 0.15
 """A scale that is off 1 by so much weighs this times as much as one step that is off by so much: what hardly shows in
 steps stays near 1."""
-GAP_S = 3e-6
-"""Most that lies between two calls in a step and not in a row of them."""
+GAPS_S = (-1.5e-6, 3e-6)
+"""What lies between two calls in a step and not in a row of them: less than nothing where a kernel starts, and reads
+its weights, under the end of another one's, better than under that of its like."""
+TILES = (1, 16, 32, 64, 128, 256)
+"""Keys that attention of decoding may take at once."""
+FINER = 0.97
+"""A larger tile is believed if it makes the mean error smaller by this factor."""
 POOR = 0.25
 """With a larger residual a card says nothing."""
 
@@ -134,22 +148,25 @@ def _mixture(experts: int, top: int, inner: int, *sizes: int) -> dict[str, Any]:
 
 
 CUDA = Points(
+    # Widths as models have them: a power of two or a little less (kernels go through a row in steps of 1024 or 2048,
+    # and of a step that is half empty half the time is lost), and some that fill their last step badly.
     models=(
-        Made("narrow", _qwen3(768, 2048, 12, 6, 32, 120_000)),
-        Made("small", _qwen3(1536, 4608, 12, 4, 24, 100_000)),
+        Made("narrow", _qwen3(960, 2944, 14, 7, 32, 120_000)),
+        Made("small", _qwen3(1920, 5632, 15, 5, 24, 100_000)),
         Made("middle", _llama(3072, 9216, 24, 6, 16, 80_000)),
-        Made("wide", _llama(5120, 13_824, 40, 8, 8, 64_000)),
-        Made("experts", _mixture(96, 6, 640, 1536, 4096, 16, 4, 8, 100_000)),
+        Made("square", _llama(3840, 13_312, 28, 7, 10, 110_000)),
+        Made("wide", _llama(5120, 15_360, 40, 8, 8, 64_000)),
+        Made("experts", _mixture(96, 6, 640, 1920, 4096, 28, 4, 8, 100_000)),
         Made("more-experts", _mixture(144, 9, 896, 2560, 4096, 40, 5, 4, 90_000)),
     ),
     dtype="bfloat16",
     tokens=(1, 2, 4, 6, 9, 12, 18, 24, 36, 48, 72, 96, 144, 192, 240, 288, 320, 768, 1280, 3072, 6144, 10_240),
     batches=(1, 2, 6, 12, 24, 48, 96, 192, 320),
-    contexts=(16, 96, 384, 768, 1536, 6144, 12_288),
+    contexts=(16, 112, 256, 768, 1536, 6144, 12_288),
     chunks=(12, 96, 192, 768, 1536, 6144, 10_240),
     over=(1, 4, 64),
-    decodes=((1, 700), (2, 5000), (3, 300), (5, 2500), (14, 700), (20, 200), (40, 1800), (72, 450), (100, 1200),
-             (150, 100), (200, 700), (300, 400)),
+    decodes=((1, 700), (1, 2600), (2, 5000), (3, 300), (5, 2500), (14, 700), (20, 200), (28, 640), (40, 1800),
+             (72, 450), (100, 1200), (120, 2304), (150, 100), (200, 700), (300, 384), (310, 900)),
     prompts=((160, 0), (450, 0), (700, 300), (900, 0), (1800, 0), (2500, 2500), (4000, 0), (7000, 0), (9000, 0)),
     pool_bytes=12 << 30,
 )  # fmt: skip
@@ -300,7 +317,7 @@ def fill(built: Built) -> None:
 class _Found:
     """What was measured so far. prices: of the made-up models. around: `calibrate.around` of each. took: seconds that
     each model took. eager: ops of prompts that no graph would hold, and why. hands_over: whether the device runs behind
-    the host."""
+    the host. launches: of each model, seconds of the host to launch a call, by op."""
 
     ops: dict[str, dict[Sizes, dict[float, Point]]] = field(default_factory=dict)
     decode: list[Plane] = field(default_factory=list)
@@ -308,6 +325,7 @@ class _Found:
     steps: list[_Step] = field(default_factory=list)
     prices: dict[str, Price] = field(default_factory=dict)
     hands_over: bool = False
+    launches: dict[str, dict[str, float]] = field(default_factory=dict)
     around: list[tuple[float, float, float, float]] = field(default_factory=list)
     took: dict[str, float] = field(default_factory=dict)
     eager: dict[str, str] = field(default_factory=dict)
@@ -315,7 +333,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step as the engine ran it. start_s: what the host needed to hand it over. calls: of ops."""
+    """A step as the engine ran it. start_s: what a quiet host needed to hand it over. calls: of ops."""
 
     model: str
     shape: Shape
@@ -326,6 +344,11 @@ class _Step:
     @property
     def decodes(self) -> bool:
         return self.shape.decodes
+
+    @property
+    def paced(self) -> bool:
+        """Whether the host may have paced it, which hands over a prompt op by op."""
+        return not self.decodes and self.seconds <= SURELY * self.start_s
 
 
 class _Calls:
@@ -338,6 +361,46 @@ class _Calls:
         self.calls.append((op, args, kwargs))
 
     def after(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None: ...
+
+
+Called = tuple[Op, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""An op's call: the op, its kernel, args, kwargs."""
+
+
+def alike(bench: StepBench, shape: Shape) -> dict[tuple[str, Sizes, float], list[Called]]:
+    """The calls of a step's ops, by op, sizes and tokens."""
+    plan = bench.plan(shape)
+    ops, seen = bench.built.table.ops(plan.kind), _Calls()
+    bench.built.runner.run(plan, ops.observed(seen))
+    found: dict[tuple[str, Sizes, float], list[Called]] = {}
+    for op, args, kwargs in seen.calls:
+        along, sizes = shape_of(op.name, args, kwargs) if op.name not in ("attention", "feed") else (0.0, ())
+        found.setdefault((op.name, sizes, along), []).append((op, getattr(ops, op.name), args, kwargs))
+    return found
+
+
+@torch.inference_mode()
+def launches(bench: StepBench) -> dict[str, float]:
+    """Seconds of a quiet host to launch a call of each op of a prompt, in a row of its like that no device holds up."""
+    found: dict[str, float] = {}
+    for (name, _, _), calls in alike(bench, Shape(bench.cut(PROMPT_TOKENS))).items():
+        works = [_bound(kernel, args, kwargs) for _, kernel, args, kwargs in calls]
+        times = []
+        for _ in range(LAUNCH_ROUNDS):
+            _wait_for(bench.device)
+            began = time.perf_counter()
+            for number in range(LAUNCHES):
+                works[number % len(works)]()
+            times.append((time.perf_counter() - began) / LAUNCHES)
+        # All sizes of an op are launched alike: the least is its own.
+        found[name] = min(found.get(name, math.inf), quantile(times, QUIET))
+    _wait_for(bench.device)
+    return found
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class _Rows:
@@ -367,7 +430,7 @@ class _Rows:
         bench, points = self.bench, self.points
         for tokens in points.tokens:
             shape = Shape(((1, 16),) * tokens) if tokens <= bench.most_requests else Shape(bench.cut(tokens))
-            for (name, sizes, along), calls in self.alike(shape).items():
+            for (name, sizes, along), calls in alike(self.bench, shape).items():
                 if name in ("feed", "attention"):
                     continue
                 table: dict[float, Point] = self.found.ops.setdefault(name, {}).setdefault(sizes, {})
@@ -400,9 +463,9 @@ class _Rows:
                 shape = Shape(spans(row, column))
                 longest = max(visible for _, visible in shape.spans)
                 if longest <= self.bench.longest and self.bench.fits(1, longest):
-                    calls = self.alike(shape)
-                    alike = next(one for (name, _, _), one in calls.items() if name == "attention")
-                    line.append(self.point(alike, shape))
+                    calls = alike(self.bench, shape)
+                    layers = next(one for (name, _, _), one in calls.items() if name == "attention")
+                    line.append(self.point(layers, shape))
                 else:
                     line.append(self.beyond(line[-1], shape))
             values.append(tuple(line))
@@ -414,21 +477,12 @@ class _Rows:
         times = last.seconds / last.floor_s(self.roofline)
         return Point(cost.flops, cost.bytes, times * self.roofline.seconds(cost))
 
-    def alike(self, shape: Shape) -> dict[tuple[str, Sizes, float], list[tuple[Op, Any, Any, Any]]]:
-        """The calls of a step's ops, by op and sizes: (op, its kernel, args, kwargs)."""
-        plan = self.bench.plan(shape)
-        ops, seen = self.bench.built.table.ops(plan.kind), _Calls()
-        self.bench.built.runner.run(plan, ops.observed(seen))
-        found: dict[tuple[str, Sizes, float], list[tuple[Op, Any, Any, Any]]] = {}
-        for op, args, kwargs in seen.calls:
-            along, sizes = shape_of(op.name, args, kwargs) if op.name not in ("attention", "feed") else (0.0, ())
-            found.setdefault((op.name, sizes, along), []).append((op, getattr(ops, op.name), args, kwargs))
-        return found
-
-    def point(self, calls: Sequence[tuple[Op, Any, Any, Any]], shape: Shape) -> Point:
+    def point(self, calls: Sequence[Called], shape: Shape) -> Point:
         """What a call takes in a row of its like, in a step of this shape."""
         op, _, args, kwargs = calls[0]
         enough = calls[: max(1, int(self.cold_bytes // max(op.floor(*args, **kwargs).read_bytes, 1)) + 1)]
+        if op.name == "moe":
+            enough = calls  # every layer routes otherwise, and the deeper, the more alike a prompt's tokens
         works = Works([_bound(kernel, args, kwargs) for _, kernel, args, kwargs in enough])
         costs = [routed_cost(op, args, kwargs) for op, _, args, kwargs in enough]
         # Calls of the same sizes need not cost the same: a norm may add a residual, which doubles its traffic.
@@ -480,25 +534,34 @@ def _bound(kernel: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], A
     return lambda: kernel(*args, **kwargs)
 
 
+def hands_over(device: torch.device) -> bool:
+    """Whether a device computes behind the host, which only hands steps over."""
+    return device.type == "cuda"
+
+
 def _steps(bench: StepBench, points: Points, found: _Found, name: str) -> None:
     """Steps as the engine runs them, and what lies around them."""
     seen = _Calls()
     bench.built.price.trace(Spans((1,), (1,)), 1, True, Ops({}, seen))
     calls = len(seen.calls)
     found.prices[name] = bench.built.price
-    found.hands_over = bench.device.type == "cuda"
+    found.hands_over = hands_over(bench.device)
     fill(bench.built)  # prompts have left their keys and values behind
     shapes = [Shape(((1, context),) * count) for count, context in points.decodes]
     shapes += [Shape(((new, new + before),)) for new, before in points.prompts]
+    rows = [launches(bench)] if found.hands_over else []
     for shape in shapes:
         if shape.tokens <= bench.most_tokens and max(visible for _, visible in shape.spans) <= bench.longest:
             seconds, start_s = step_seconds(bench, shape)
             found.steps.append(_Step(name, shape, seconds, start_s, calls))
+    if found.hands_over:
+        rows.append(launches(bench))
+        found.launches[name] = {op: min(one[op] for one in rows) for op in rows[0]}
     found.around.append(around(bench.built))
 
 
 def step_seconds(bench: StepBench, shape: Shape, repeats: int = 7) -> tuple[float, float]:
-    """(seconds on the device, of the host to start it) of a step, as the engine runs it: medians.
+    """(seconds on the device, of a quiet host to start it) of a step, as the engine runs it: a median and QUIET.
 
     Where the engine overlaps steps, the next one is started before the results of this one are read.
     """
@@ -512,45 +575,30 @@ def step_seconds(bench: StepBench, shape: Shape, repeats: int = 7) -> tuple[floa
         if len(flights) > overlap:
             device_s.append(flights.pop(0).result().device_s)
     device_s += [one.result().device_s for one in flights]
-    return statistics.median(device_s[WARM_STEPS:]), statistics.median(start_s[WARM_STEPS:])
+    return statistics.median(device_s[WARM_STEPS:]), quantile(start_s[WARM_STEPS:], QUIET)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    return float(np.quantile(np.array(values), share))
 
 
 def _anchored(card: MachineCard, found: _Found) -> MachineCard:
     """The card with what steps add to ops: every other one to fit, the rest to judge."""
     decodes, prompts = ([one for one in found.steps if one.decodes is kind] for kind in (True, False))
-    fit = decodes[::2]
+    card = _with_decoding(card, found, decodes[::2])
     parts = {one: card.parts(found.prices[one.model], one.shape.as_spans()) for one in found.steps}
-    features = [(1.0, float(len(one.shape.spans)), float(one.calls), *parts[one]) for one in fit]
-    mixtures = DECODE_SCALE if any(parts[one][0] for one in fit) else (1.0, 1.0)
-    step_s, request_s, gap_s, mixture_scale, attention_scale, decode_scale = bounded(
-        features,
-        [one.seconds for one in fit],
-        ((0.0, None), (0.0, None), (0.0, GAP_S), mixtures, DECODE_SCALE, DECODE_SCALE),
-        near=(3, 4, 5),
-    )
-    start_s = call_s = 0.0
     if found.hands_over:
-        start_s, call_s = fitted(
-            [[1.0] * len(prompts), [float(one.calls) for one in prompts]], [one.start_s for one in prompts]
-        )
+        card = _with_handing_over(card, found, prompts)
     shares = [
-        (one.seconds - step_s - gap_s * one.calls) / sum(parts[one])
+        (one.seconds - card.step_s - card.gap_s * one.calls) / sum(parts[one])
         for one in prompts[::2]
-        if sum(parts[one]) > SURELY * (start_s + call_s * one.calls)
+        if not (found.hands_over and one.paced)
     ]
-    prefill_scale = statistics.median(shares) if shares else decode_scale
+    prefill_scale = statistics.median(shares) if shares else card.decode_scale
     host = [statistics.median(one[place] for one in found.around) for place in range(4)]
     card = replace(
         card,
-        step_s=step_s,
-        request_s=request_s,
-        gap_s=gap_s,
-        decode_scale=decode_scale,
-        attention_scale=attention_scale,
-        mixture_scale=mixture_scale,
         prefill_scale=min(max(prefill_scale, PREFILL_SCALE[0]), PREFILL_SCALE[1]),
-        start_s=start_s,
-        call_s=call_s,
         host_step_s=host[0],
         host_request_s=host[1],
         loop_step_s=host[2],
@@ -579,11 +627,89 @@ def _anchored(card: MachineCard, found: _Found) -> MachineCard:
     return replace(card, doubt=_doubt(card, prefill_scale, judged[-1][1], said.seconds(judged[-1][1])))
 
 
+def _with_decoding(card: MachineCard, found: _Found, fit: Sequence[_Step]) -> MachineCard:
+    """The card with what lies around ops in these steps of decoding, and by how many keys at once attention goes: the
+    tile under which all of them are nearest."""
+    best, lowest = card, math.inf
+    # A device that launches by itself overlaps ops of one token otherwise than of more, which other kernels serve.
+    gaps = GAPS_S if found.hands_over else (0.0, GAPS_S[1])
+    apart = found.hands_over and any(one.shape.tokens == 1 for one in fit)
+    for tile in TILES:
+        tiled = replace(card, tile=tile)
+        features = []
+        for one in fit:
+            mixtures_s, attention_s, other_s = tiled.parts(found.prices[one.model], one.shape.as_spans())
+            around = (0.0, 0.0) if apart and one.shape.tokens == 1 else (float(one.calls), other_s)
+            alone = (float(one.calls), other_s) if apart and one.shape.tokens == 1 else (0.0, 0.0)
+            features.append((1.0, float(len(one.shape.spans)), mixtures_s, attention_s, *around, *alone))
+        bounds = [(0.0, None), (0.0, None), DECODE_SCALE, DECODE_SCALE, gaps, DECODE_SCALE, gaps, DECODE_SCALE]
+        near = (2, 3, 5, 7)
+        for place in range(2, len(bounds)):
+            if not any(row[place] for row in features):
+                bounds[place] = (1.0, 1.0) if place in near else (0.0, 0.0)
+        measured = [one.seconds for one in fit]
+        weights = bounded(features, measured, bounds, near)
+        errors = [abs(sum(w * one for w, one in zip(weights, row)) / real - 1) for row, real in zip(features, measured)]
+        error = statistics.mean(errors)
+        if error < FINER * lowest:
+            lowest = error
+            step_s, request_s, mixture_scale, attention_scale, gap_s, decode_scale, alone_gap_s, alone_scale = weights
+            best = replace(
+                tiled,
+                step_s=step_s,
+                request_s=request_s,
+                mixture_scale=mixture_scale,
+                attention_scale=attention_scale,
+                gap_s=gap_s,
+                decode_scale=decode_scale,
+                alone_gap_s=alone_gap_s if apart else gap_s,
+                alone_scale=alone_scale if apart else decode_scale,
+            )
+    return best
+
+
+def _with_handing_over(card: MachineCard, found: _Found, prompts: Sequence[_Step]) -> MachineCard:
+    """The card with what a quiet host takes to hand a step to the device op by op.
+
+    It takes as long whatever the prompt's length, so the least of a model's prompts counts; and it is held against rows
+    of that model's own, measured at the same time, whom the same neighbours slowed. What the card keeps are the least
+    rows of all models.
+    """
+    points = []
+    for name, rows in found.launches.items():
+        least = min(one.start_s for one in prompts if one.model == name)
+        points.append((replace(card, launch_s=rows).launches_s(found.prices[name]), least))
+    start_s, launch_scale = lower_line(points, LOWEST)
+    ops = {op for rows in found.launches.values() for op in rows}
+    quiet_s = {op: min(rows[op] for rows in found.launches.values() if op in rows) for op in sorted(ops)}
+    return replace(card, launch_s=quiet_s, start_s=start_s, launch_scale=launch_scale)
+
+
+def lower_line(points: Sequence[tuple[float, float]], share: float) -> tuple[float, float]:
+    """(start, multiple) of the line above this share of the points, by errors relative to them (Koenker and Bassett,
+    1978). Neither is below zero.
+
+    Such a line goes through two of the points, or through one and the origin, or is level: all of them are tried.
+    """
+    lines = [(0.0, y / x) for x, y in points if x > 0] + [(y, 0.0) for _, y in points]
+    for (x0, y0), (x1, y1) in itertools.combinations(points, 2):
+        if x0 != x1:
+            times = (y1 - y0) / (x1 - x0)
+            lines.append((y0 - times * x0, times))
+
+    def cost(line: tuple[float, float]) -> float:
+        off = [1 - (line[0] + line[1] * x) / y for x, y in points]
+        return sum(one * share if one > 0 else -one * (1 - share) for one in off)
+
+    return min((one for one in lines if min(one) >= 0), key=cost)
+
+
 def _doubt(card: MachineCard, prefill_scale: float, worst: _Step, said_s: float) -> str:
     """Why a card is not to be trusted; nothing, if it is."""
     why = []
     scales = (
         ("ops of decoding", card.decode_scale, DECODE_SCALE),
+        ("ops of one token", card.alone_scale, DECODE_SCALE),
         ("attention of decoding", card.attention_scale, DECODE_SCALE),
         ("mixtures of decoding", card.mixture_scale, DECODE_SCALE),
         ("ops of prompts", prefill_scale, PREFILL_SCALE),
@@ -596,6 +722,7 @@ def _doubt(card: MachineCard, prefill_scale: float, worst: _Step, said_s: float)
         why.append(
             f"steps left out of the fit are off by {card.residual:.0%}, at worst {requests} x ({new} new of {visible}) "
             f"of {worst.model}: {worst.seconds * 1e3:.3f} ms measured, {said_s * 1e3:.3f} predicted"
+            + (" (the host paces it)" if worst.paced else "")
         )
     return "ops do not add up to steps: " + "; ".join(why) if why else ""
 
@@ -619,16 +746,26 @@ def bounded(
         both = np.vstack((scaled, pulls))
         wanted = np.concatenate((np.ones(len(scaled)), np.full(len(pulls), PULL)))
         lowest = math.inf
-        for fixed in itertools.product(*((None, *(one for one in bound if one is not None)) for bound in bounds)):
+        for fixed in _cases(bounds):
             weights = _with_fixed(both, wanted, fixed)
             if any(w < low - 1e-15 or (high is not None and w > high) for w, (low, high) in zip(weights, bounds)):
                 continue
             error = float(np.sum((both @ weights - wanted) ** 2))
             if error < lowest:
                 lowest, best = error, weights
+            if not any(one is not None and low != high for one, (low, high) in zip(fixed, bounds)):
+                break  # nothing that may move was held: nothing held can be better
         errors = np.abs(scaled @ best - 1)
         scaled = scaled[errors <= np.quantile(errors, 0.9)]
     return [float(one) for one in best]
+
+
+def _cases(bounds: Sequence[Bound]) -> Iterator[tuple[float | None, ...]]:
+    """What may be held at its bounds, none of it first."""
+    choices = []
+    for low, high in bounds:
+        choices.append((low,) if low == high else (None, *(one for one in (low, high) if one is not None)))
+    return itertools.product(*choices)
 
 
 def _with_fixed(rows: Any, wanted: Any, fixed: Sequence[float | None]) -> Any:

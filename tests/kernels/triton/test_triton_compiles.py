@@ -15,6 +15,7 @@ KERNELS = {
     "_merge_kernel", "_row_kernel", "_gated_row_kernel", "_feed_kernel", "_product_kernel",
     "_route_kernel", "_sum_kernel", "_take_kernel", "_embed_kernel", "_few_kernel", "_few_of_few_kernel",
     "_slots_kernel", "_accept_kernel",
+    "_branch_kernel",
 }  # fmt: skip
 
 
