@@ -193,6 +193,19 @@ def test_trees_of_given_shape_are_the_same_wherever_they_are_drafted(
     assert told_of[0] == told_of[1]
 
 
+def test_a_request_that_drafts_pass_by_pass_holds_up_no_other(
+    make_on_device: Callable[..., LLM], make: Callable[..., LLM], near: Path
+) -> None:
+    llm, alone = make_on_device(speculative_config=drafting("chain", near)), make()
+    params = [
+        SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, frequency_penalty=p) for p in (0.0, 1.0, 0.0)
+    ]
+    ours, plain = (one.generate(["hello", "world", "quick"], params, use_tqdm=False) for one in (llm, alone))
+    assert [one.outputs[0].token_ids for one in ours] == [one.outputs[0].token_ids for one in plain]
+    assert max(requests for requests, _ in llm.drafts) == 2
+    assert all(one.metrics.num_draft_tokens > 0 for one in ours)
+
+
 def test_what_repeats_itself_is_drafted_from_itself(make: Callable[..., LLM]) -> None:
     llm, alone = make(speculative_config=drafting("ngram")), make()
     params = SamplingParams(max_tokens=30, temperature=0, logit_bias={40: 50.0, 41: 50.0}, frequency_penalty=2.0)

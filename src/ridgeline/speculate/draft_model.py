@@ -156,6 +156,10 @@ class DraftModel:
             row += len(growth.at)
         return result
 
+    def whole(self, request: Request) -> bool:
+        """Whether all levels of a request's draft may be made at once: nothing changes its logits from row to row."""
+        return not adjusts(Sampling(request.params, request.seed, 0, [], request.prompt_len))
+
     def levels(
         self, growths: Sequence[Growth], widths: Sequence[int], odds: Any, among: int = 0
     ) -> list[Levels] | None:

@@ -382,7 +382,9 @@ class Speculator:
         result: list[_Drafted | None] = [None] * len(growing)
         levels = next((one.levels for one in growing if one.levels), ())
         there = [
-            place for place, one in enumerate(growing) if one.levels and self._verification(one.request) != "multi_step"
+            place
+            for place, one in enumerate(growing)
+            if one.levels and self._verification(one.request) != "multi_step" and model.whole(one.request)
         ]
         found = (
             self._on_device(model, source, [growing[place] for place in there], table, levels, sizes) if there else None
