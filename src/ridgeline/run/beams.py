@@ -74,7 +74,6 @@ class _Beam:
 
     requests: int
     beam: int
-    layout: Layout
     nbytes: int
     fields: dict[str, torch.Tensor]
     host: dict[str, np.ndarray]
@@ -123,7 +122,7 @@ class Beams:
         self._record = torch.zeros(cells, dtype=torch.int32, device=device)
         self._told = torch.zeros(cells, dtype=torch.int32, pin_memory=pinned)
         self._sizes = {one: self._sized(one) for one in counts}
-        self.counts = tuple(counts)
+        self.sizes = tuple(counts)
 
     def _layout(self, requests: int) -> tuple[Layout, int]:
         """What the host writes for every draft: `above`, `tree` and `levels` begin anew with it."""
@@ -170,9 +169,7 @@ class Beams:
             tails=shorts["tails"],
         )
         host = arrays(self._host, layout)
-        return _Beam(
-            requests, beam, layout, nbytes, fields, host, {**longs, **shorts}, record, batch, [(None, 0)] * requests
-        )
+        return _Beam(requests, beam, nbytes, fields, host, {**longs, **shorts}, record, batch, [(None, 0)] * requests)
 
     def slots(self, requests: int, depth: int) -> int:
         """Slots that each of so many requests needs behind its tokens for drafts of `depth` levels."""
@@ -183,10 +180,10 @@ class Beams:
         return beam_of(self._count(requests))
 
     def serves(self, requests: int) -> bool:
-        return requests <= self.counts[-1]
+        return requests <= self.sizes[-1]
 
     def _count(self, requests: int) -> int:
-        return self.counts[bisect_left(self.counts, requests)]
+        return self.sizes[bisect_left(self.sizes, requests)]
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -194,7 +191,7 @@ class Beams:
         stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(stream), no_garbage_collection():
-            for number, requests in enumerate(reversed(self.counts)):
+            for number, requests in enumerate(reversed(self.sizes)):
                 one = self._sizes[requests]
                 self._write(one, [], (self.children,), np.zeros((self.children, len(self._edges) + 1)))
                 self._memory[: one.nbytes].copy_(self._host[: one.nbytes])
@@ -204,7 +201,7 @@ class Beams:
                 one.first = captured(partial(self._begin, one), pool)
                 one.level = captured(partial(self._go_on, one), pool)
                 if progress is not None:
-                    progress(number + 1, len(self.counts))
+                    progress(number + 1, len(self.sizes))
         self._writer = 0
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
@@ -213,10 +210,6 @@ class Beams:
         """Give the graphs and their memory back."""
         for one in self._sizes.values():
             one.first = one.level = None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.counts
 
     @torch.inference_mode()
     def draft(
