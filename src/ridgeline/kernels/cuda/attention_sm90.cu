@@ -16,7 +16,9 @@
 //
 // The anchor of a row's exponents need not be its peak: it is zero, or the peak of an earlier block, until the peak is
 // found to have left the range in which 16 bit weights are as good; then the block's weights are taken again, and sums
-// shrink. So exponentials wait for no maximum, and sums are hardly ever scaled.
+// shrink. So exponentials wait for no maximum, and sums are hardly ever scaled. But the heaviest key's weight is then not
+// 1, which 16 bits hold exactly: what rounding adds to it is added to the row's sum of weights too, or a row that one
+// key dominates would be off by all of it.
 //
 // Defines (all of them): HEAD_DIM 64, 96, 128, 192, 256; HALF; WARPGROUPS (that multiply), TILE_N, STAGES (of K and V
 // each), Q_STAGES; CAUSAL, WINDOW, SOFTCAP, SINKS, TREE, LSE: 0 or 1; PAGE: keys of a page, 0 if they are contiguous;
@@ -368,6 +370,16 @@ struct Producer {
 // ---------------------------------------------------------------------------------------------------------------------
 // A warpgroup that multiplies.
 
+// What is kept of a thread's two rows until a tile is written out.
+struct Rows {
+    float peak[2], total[2], most[2];
+};
+
+__device__ __forceinline__ float over_row(float x) {
+    x += __shfl_xor_sync(ALL, x, 1);
+    return x + __shfl_xor_sync(ALL, x, 2);
+}
+
 struct Consumer {
     const Arguments& given;
     unsigned base;
@@ -377,6 +389,7 @@ struct Consumer {
     float scores[TILE_N / 2];
     unsigned weights[TILE_N / 4];
     float peak[2], total[2];
+    float most[2];       // the highest of this thread's scores since the row's anchor was chosen
     Ring<STAGES> k_ring{}, v_ring{};
     Ring<Q_STAGES> q_ring{};
     unsigned q_address, q_empty;
@@ -533,6 +546,14 @@ struct Consumer {
         return HALF ? distance <= 8.0f && distance >= -6.0f : fabsf(distance) <= 40.0f;
     }
 
+    // What rounding to 16 bits adds to the weight of a score.
+    __device__ __forceinline__ float excess(float score, float anchor) const {
+        if (score == -INFINITE) return 0.0f;  // so has the row no anchor, perhaps
+        const float unit = SOFTCAP ? given.cap : given.scale;
+        const float weight = exp2_unit(fmaf(score, unit, -(anchor * unit)));
+        return lower(pack(weight, 0.0f)) - weight;
+    }
+
     // Weights against the anchor that the rows have (FIRST: against zero), without looking first: neither
     // exponentials nor sums wait for the peak of this block, which is only checked. Scores are left as they are.
     // Returns whether that was right for every row of the warp.
@@ -541,7 +562,10 @@ struct Consumer {
         const float unit = SOFTCAP ? given.cap : given.scale;
         float sums_here[2][2] = {}, best[2][2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) best[r][0] = best[r][1] = -INFINITE;
+        for (int r = 0; r < 2; ++r) {
+            best[r][0] = FIRST ? -INFINITE : most[r];
+            best[r][1] = -INFINITE;
+        }
         const float anchor[2] = {FIRST ? 0.0f : peak[0] * unit, FIRST ? 0.0f : peak[1] * unit};
 #pragma unroll
         for (int b = 0; b < TILE_N / 8; ++b) {
@@ -559,15 +583,16 @@ struct Consumer {
             }
         }
         bool right = true;
+        float highest[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float most = fmaxf(best[r][0], best[r][1]);
+            highest[r] = fmaxf(best[r][0], best[r][1]);
             if (FIRST) {
-                most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
-                most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
-                right = right && near(most * unit);
+                float row = fmaxf(highest[r], __shfl_xor_sync(ALL, highest[r], 1));
+                row = fmaxf(row, __shfl_xor_sync(ALL, row, 2));
+                right = right && near(row * unit);
             } else {
-                right = right && near(fmaxf(fmaf(most, unit, -anchor[r]), 0.0f));
+                right = right && near(fmaxf(fmaf(highest[r], unit, -anchor[r]), 0.0f));
             }
         }
         if (!__all_sync(ALL, right)) return false;
@@ -575,6 +600,7 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) {
             const float sum = sums_here[r][0] + sums_here[r][1];
             total[r] = FIRST ? sum : total[r] + sum;
+            most[r] = highest[r];
             if (FIRST) peak[r] = 0.0f;
         }
         return true;
@@ -590,6 +616,7 @@ struct Consumer {
 #pragma unroll
             for (int b = 1; b < TILE_N / 8; ++b)
                 best = fmaxf(best, fmaxf(scores[4 * b + 2 * r], scores[4 * b + 2 * r + 1]));
+            const float highest = best;
             best = fmaxf(best, __shfl_xor_sync(ALL, best, 1));
             best = fmaxf(best, __shfl_xor_sync(ALL, best, 2));
             if (FIRST) {
@@ -601,9 +628,14 @@ struct Consumer {
             const float anchor = best == -INFINITE ? 0.0f : best * unit;
             if (FIRST) {
                 total[r] = 0.0f;
+                most[r] = highest;
+            } else if (best == peak[r]) {
+                shrink[r] = 1.0f;
+                most[r] = fmaxf(most[r], highest);
             } else {
-                shrink[r] = best == peak[r] ? 1.0f : exp2_unit((peak[r] - best) * unit);
-                total[r] *= shrink[r];
+                shrink[r] = exp2_unit((peak[r] - best) * unit);
+                total[r] = (total[r] + excess(most[r], peak[r])) * shrink[r];
+                most[r] = highest;
             }
             peak[r] = best;
             float sum[2] = {};
@@ -674,7 +706,7 @@ struct Consumer {
         if (n == bottom) release(q_empty);
         cap();
         mask(work, n);
-        const float last_peak[2] = {peak[0], peak[1]}, last_total[2] = {total[0], total[1]};
+        const Rows last{{peak[0], peak[1]}, {total[0], total[1]}, {most[0], most[1]}};
         unsigned next[TILE_N / 4];
         float none[2];
         if (!quick_softmax<true>(next)) careful_softmax<true>(next, none);
@@ -685,7 +717,7 @@ struct Consumer {
             outlive();
             settle(next);
             release_values();
-            finish(before, last_peak, last_total, out, lse);
+            finish(before, last, out, lse);
             if (n < top) {
                 wait_values();
                 release_values();
@@ -698,29 +730,29 @@ struct Consumer {
 
     // Divides by the sum of weights and writes a tile: four neighbouring threads exchange their columns, so that each
     // stores 16 bytes of a row.
-    __device__ __forceinline__ void finish(
-        const Work& work, const float (&last_peak)[2], const float (&last_total)[2], void* out, float* lse) {
+    __device__ __forceinline__ void finish(const Work& work, const Rows& last, void* out, float* lse) {
         const float unit = SOFTCAP ? given.cap : given.scale;
         const int lane = thread % 32;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float all = last_total[r];
-            all += __shfl_xor_sync(ALL, all, 1);
-            all += __shfl_xor_sync(ALL, all, 2);
             const int at = group * ROWS + row(r);
             const bool live = at < work.rows;
             const long long place = (long long)(work.token + at) * given.heads + work.head;
-            float inverse = all == 0.0f ? 0.0f : inverse_unit(all);
-            float log = all == 0.0f ? -INFINITE : last_peak[r] * unit + log2_unit(all);  // to base 2
-            if (SINKS) {
-                const float sink = given.sinks[work.head] * LOG2_E;
-                const float most = fmaxf(log, sink);
-                const float joint = most + log2_unit(exp2_unit(log - most) + exp2_unit(sink - most));
-                inverse = all == 0.0f ? 0.0f : exp2_unit(last_peak[r] * unit - joint);
-                log = joint;
+            float divisor = over_row(last.total[r] + excess(last.most[r], last.peak[r]));
+            const bool nothing = divisor == 0.0f;
+            if (LSE) {
+                const float all = over_row(last.total[r]);
+                float log = nothing ? -INFINITE : last.peak[r] * unit + log2_unit(all);  // to base 2
+                if (SINKS) {
+                    const float sink = given.sinks[work.head] * LOG2_E;
+                    const float higher = fmaxf(log, sink);
+                    log = higher + log2_unit(exp2_unit(log - higher) + exp2_unit(sink - higher));
+                }
+                if (live && lane % 4 == 0) lse[place] = log * LN_2;
             }
-            if (LSE && live && lane % 4 == 0) lse[place] = log * LN_2;
-            store(out, place, live, inverse, r);
+            // Infinite where the sink leaves nothing to the others.
+            if (SINKS) divisor += exp2_unit(given.sinks[work.head] * LOG2_E - last.peak[r] * unit);
+            store(out, place, live, nothing ? 0.0f : inverse_unit(divisor), r);
         }
     }
 
@@ -775,7 +807,7 @@ struct Consumer {
         wgmma_wait<0>();
         settle(sums);
         release_values();
-        finish(work, peak, total, out, lse);
+        finish(work, {{peak[0], peak[1]}, {total[0], total[1]}, {most[0], most[1]}}, out, lse);
     }
 
     __device__ __forceinline__ void run(const char* shared, void* out, float* lse) {

@@ -65,6 +65,17 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
     return both;
 }
 
+// The first of such a pair.
+__device__ __forceinline__ float lower(unsigned both) {
+#if HALF
+    float low;
+    asm("{\n.reg .f16 a, b;\nmov.b32 {a, b}, %1;\ncvt.f32.f16 %0, a;\n}" : "=f"(low) : "r"(both));
+    return low;
+#else
+    return __uint_as_float(both << 16);
+#endif
+}
+
 // ss: A (K-major) and B (K-major) in shared memory. rs: A in registers, B (MN-major) in shared memory.
 // more = 0 starts from zero instead of adding to d.
 template <int N>
