@@ -63,14 +63,12 @@ STEPS = (
 )
 
 
-def chosen(way: str, learned_positions: bool) -> dict[str, Callable[..., Any]]:
+def chosen(way: str) -> dict[str, Callable[..., Any]]:
     """The calls that serve on a GPU: as they come, or batch-invariant."""
     load_kernels("cuda")
     kernels = {}
     for name, op in REGISTRY.items():
         kernel = op.kernels.get("triton") or op.kernels.get("torch")
-        if name == "embed" and not learned_positions:
-            kernel = op.kernels["torch"]
         assert kernel is not None, f"nothing serves {name} on a GPU"
         kernels[name] = getattr(kernel, way)
     return kernels
@@ -81,7 +79,7 @@ def test_steps_agree_with_the_references(config: dict[str, object]) -> None:
     spec = parse_config(config)
     model = build_model(spec, torch.device("cpu"), torch.float32, 128)
     model.store.fill_random(1)
-    ours, theirs = (runner(model, ops) for ops in (Ops(chosen("call", config is OPT)), Ops({})))
+    ours, theirs = (runner(model, ops) for ops in (Ops(chosen("call")), Ops({})))
     for number, chunks in enumerate(STEPS):
         got, wanted = (one.run(StepPlan(number, chunks)).sampled for one in (ours, theirs))
         assert {name: one.token for name, one in got.items()} == {name: one.token for name, one in wanted.items()}
@@ -98,7 +96,7 @@ def test_company_and_chunks_change_no_bit(config: dict[str, object], monkeypatch
     model = build_model(spec, torch.device("cpu"), torch.float32, 128)
     model.store.fill_random(1)
     prompt, token = list(range(21)), 9
-    alone, among = (runner(model, Ops(chosen("invariant", config is OPT))) for _ in range(2))
+    alone, among = (runner(model, Ops(chosen("invariant"))) for _ in range(2))
     whole = Chunk("a", prompt, 0, [3, 1], sampling(21, 1.0))
     others = [Chunk(str(n), list(range(40 + n, 43 + 3 * n)), 0, [block], None) for n, block in enumerate((0, 2, 4))]
     decode = Chunk("a", [token], 21, [3, 1], sampling(22, 1.0))
@@ -129,7 +127,7 @@ def test_tree_steps_agree_with_the_references(config: dict[str, object]) -> None
     spec = parse_config(config)
     model = build_model(spec, torch.device("cpu"), torch.float32, 128)
     model.store.fill_random(1)
-    ours = Ops(chosen("call", config is OPT))
+    ours = Ops(chosen("call"))
     triton, padded, theirs = (runner(model, ops) for ops in (ours, ours, Ops({})))
     size = PassSize(12, 3)
     padded.passes = PassGraphs(model, padded.pages, padded.table.ops("tree"), padded.device, BLOCK, [size], 3)

@@ -1,4 +1,4 @@
-"""`embed` with learned positions: both tables in one launch. A table alone is torch's own gather.
+"""`embed`, with learned positions or without, in one launch.
 
 Knows rows of tables. It must not know what they mean.
 """
@@ -29,23 +29,23 @@ def _embed_kernel(
     starting(EARLY)
     ready(EARLY)
     token = tl.program_id(0).to(tl.int64)
-    row, place = tl.load(ids + token).to(tl.int64), tl.load(positions + token).to(tl.int64)
+    row = tl.load(ids + token).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    meaning = tl.load(table + row * WIDTH + column, mask=inside)
-    where = tl.load(places + place * WIDTH + column, mask=inside)
-    total = (meaning.to(tl.float32) + where.to(tl.float32)).to(meaning.dtype)
-    tl.store(out + token * WIDTH + column, total, mask=inside)
+    found = tl.load(table + row * WIDTH + column, mask=inside)
+    if positions is not None:
+        place = tl.load(positions + token).to(tl.int64)
+        where = tl.load(places + place * WIDTH + column, mask=inside)
+        found = (found.to(tl.float32) + where.to(tl.float32)).to(found.dtype)
+    tl.store(out + token * WIDTH + column, found, mask=inside)
 
 
 def _accepts(
     ids: torch.Tensor, weight: Weight, positions: torch.Tensor | None = None, places: torch.Tensor | None = None
 ) -> str | None:
-    if positions is None or places is None:
-        return "adds learned positions; a table alone is torch's own gather"
     if weight.format != "dense":
         return f"takes dense tables, not {weight.format}"
-    if places.dtype != weight.data.dtype:
+    if places is not None and places.dtype != weight.data.dtype:
         return f"takes tables of one dtype, not {weight.data.dtype} and {places.dtype}"
     return None
 
@@ -54,8 +54,8 @@ def _accepts(
 def embed_triton(
     ids: torch.Tensor, weight: Weight, positions: torch.Tensor | None = None, places: torch.Tensor | None = None
 ) -> torch.Tensor:
-    assert positions is not None
-    assert places is not None
+    if positions is None or places is None:
+        positions = places = None
     data, width = weight.data, weight.in_features
     out = data.new_empty((ids.shape[0], width))
     if ids.shape[0]:
