@@ -51,6 +51,7 @@ from ridgeline.perf.price import Price
 from ridgeline.run.beams import Beams
 from ridgeline.run.graphs import DecodeGraphs, PassGraphs, pass_sizes_up_to, sizes_up_to
 from ridgeline.run.places import PassSize
+from ridgeline.run.prompts import PromptGraphs, prompt_sizes_up_to
 from ridgeline.run.runner import SCORED_ROWS, Runner
 from ridgeline.schedule import Scheduler, make_policy
 from ridgeline.schedule.policies import POLICIES
@@ -171,13 +172,16 @@ def build(
             ]
     if not resolved.enforce_eager:
         runner.graphs = _decode_graphs(resolved, model, pages, table)
+        if _captures_prompts(resolved):
+            runner.prompts = _prompt_graphs(resolved, model, pages, table, runner.graphs.sampled)
         if speculation is not None:
             runner.passes = _pass_graphs(resolved, model, pages, table)
             for one in models:
                 one.graphs = _pass_graphs(resolved, one.model, one.pages, one.table, children=WIDTH)
                 one.beams = _beams(resolved, one.model, one.pages, one.table, one.graphs)
         drafts = [graphs for one in models for graphs in (one.graphs, one.beams) if graphs is not None]
-        _capture([runner.graphs, *([] if runner.passes is None else [runner.passes]), *drafts], capturing)
+        own = [graphs for graphs in (runner.graphs, runner.prompts, runner.passes) if graphs is not None]
+        _capture([*own, *drafts], capturing)
     if speculation is not None:
         with _watched(table, compiling):
             speculator = _speculator(speculation, models, runner, resolved)
@@ -385,6 +389,37 @@ def _decode_graphs(
     )
 
 
+def _captures_prompts(resolved: Resolved) -> bool:
+    """Batch-invariant attention of many tokens works in memory by the capacity of block tables, which at fixed places
+    is that of the longest sequence: gigabytes. Its steps run op by op, to the same bits."""
+    return not resolved.enforce_eager and not resolved.batch_invariant and bool(_prompt_sizes(resolved))
+
+
+def _prompt_graphs(
+    resolved: Resolved,
+    model: Decoder,
+    pages: Pages,
+    table: Table,
+    sampled: torch.Tensor,
+    sizes: Sequence[PassSize] | None = None,
+) -> PromptGraphs:
+    """Not captured yet. sampled: where decode steps leave their tokens."""
+    return PromptGraphs(
+        model,
+        pages,
+        table.ops("mixed"),
+        torch.device(resolved.device),
+        resolved.block_size,
+        sizes or _prompt_sizes(resolved),
+        -(-resolved.max_model_len // resolved.block_size),
+        sampled,
+    )
+
+
+def _prompt_sizes(resolved: Resolved) -> tuple[PassSize, ...]:
+    return prompt_sizes_up_to(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+
+
 def _pass_sizes(resolved: Resolved) -> tuple[PassSize, ...]:
     return pass_sizes_up_to(resolved.max_num_seqs, min(TREE_ROWS, resolved.max_num_batched_tokens))
 
@@ -428,9 +463,10 @@ def _beams(resolved: Resolved, model: Decoder, pages: Pages, table: Table, passe
     )
 
 
-def _capture(
-    several: Sequence[DecodeGraphs | PassGraphs | Beams], capturing: Callable[[int, int], None] | None
-) -> None:
+Graphs = DecodeGraphs | PromptGraphs | PassGraphs | Beams
+
+
+def _capture(several: Sequence[Graphs], capturing: Callable[[int, int], None] | None) -> None:
     """One after the other, counted together."""
     total, before = sum(len(one.sizes) for one in several), 0
     for one in several:
@@ -706,11 +742,14 @@ def _ledger(
     if device.type == "cuda":
         activations = max(activations, _measured_activations(resolved, model, layout, table, device))
         graphs = 0 if resolved.enforce_eager else _measured_graphs(resolved, model, layout, table, device)
+        if _captures_prompts(resolved):
+            graphs += _measured_prompts(resolved, model, layout, table, device)
         if config.speculation is not None and not resolved.enforce_eager:
             graphs += _measured_passes(resolved, model, layout, table, device)
             for drafter, own, plan in zip(drafters, draft_layouts, plans):
                 graphs += _measured_passes(resolved, drafter, own, plan.table, device, WIDTH)
         gc.collect()
+        torch.cuda.empty_cache()
     total, available = device_memory_bytes(device)
     weights = model.store.nbytes + sum(one.store.nbytes for one in drafters)
     block_bytes = layout.bytes_per_block + sum(one.bytes_per_block for one in draft_layouts)
@@ -797,6 +836,27 @@ def _measured_activations(
     return peak
 
 
+def _measured_graphs(resolved: Resolved, model: Decoder, layout: KVLayout, table: Table, device: torch.device) -> int:
+    """What graphs of decode steps take, over a scratch block."""
+    pages = Pages(layout, 1, device, model.store.dtype)
+    sizes = sizes_up_to(min(resolved.max_num_seqs, resolved.max_num_batched_tokens))
+    return _measured(
+        device, len(sizes), lambda: [_decode_graphs(resolved, model, pages, table, sorted({sizes[0], sizes[-1]}))]
+    )
+
+
+def _measured_prompts(resolved: Resolved, model: Decoder, layout: KVLayout, table: Table, device: torch.device) -> int:
+    """As _measured_graphs, of steps with prompts."""
+    pages = Pages(layout, 1, device, model.store.dtype)
+    sizes = _prompt_sizes(resolved)
+    sampled = torch.zeros(resolved.max_num_seqs, dtype=torch.int64, device=device)
+    return _measured(
+        device,
+        len(sizes),
+        lambda: [_prompt_graphs(resolved, model, pages, table, sampled, sorted({sizes[0], sizes[-1]}))],
+    )
+
+
 def _measured_passes(
     resolved: Resolved,
     model: Decoder,
@@ -805,44 +865,36 @@ def _measured_passes(
     device: torch.device,
     children: int | None = None,
 ) -> int:
-    """As _measured_graphs, for passes."""
+    """As _measured_graphs, of passes, and of a draft model's levels, all of which are captured."""
     pages = Pages(layout, 1, device, model.store.dtype)
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    before = device_memory_bytes(device)[1]
     sizes = _pass_sizes(resolved)
-    graphs = _pass_graphs(resolved, model, pages, table, children, sorted({sizes[0], sizes[-1]}))
-    beams = None if children is None else _beams(resolved, model, pages, table, graphs)
-    seen: list[int] = []
-    graphs.capture(lambda done, total: seen.append(device_memory_bytes(device)[1]))
-    if beams is not None:
-        beams.capture()
-    used = before - device_memory_bytes(device)[1]
-    each = max(seen[0] - seen[-1], GRAPH_BYTES) if seen else 0
-    for one in (graphs, beams):
-        if one is not None:
-            one.release()
-    del graphs, beams, pages
-    torch.cuda.empty_cache()
-    return max(used, 0) + max(len(sizes) - 2, 0) * each
+
+    def made() -> list[Graphs]:
+        passes = _pass_graphs(resolved, model, pages, table, children, sorted({sizes[0], sizes[-1]}))
+        beams = None if children is None else _beams(resolved, model, pages, table, passes)
+        return [passes, *([] if beams is None else [beams])]
+
+    return _measured(device, len(sizes), made)
 
 
-def _measured_graphs(resolved: Resolved, model: Decoder, layout: KVLayout, table: Table, device: torch.device) -> int:
-    """Capture the largest and the smallest size over a scratch block; the others are like the smallest.
+def _measured(device: torch.device, count: int, make: Callable[[], Sequence[Graphs]]) -> int:
+    """Bytes of `count` sizes, of whose graphs `make` makes the largest and the smallest, which the others are like; and
+    of what else it makes.
 
     They share the memory that the largest needs between its kernels, so each adds its own description alone.
     """
-    pages = Pages(layout, 1, device, model.store.dtype)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     before = device_memory_bytes(device)[1]
-    sizes = sizes_up_to(min(resolved.max_num_seqs, resolved.max_num_batched_tokens))
-    graphs = _decode_graphs(resolved, model, pages, table, sorted({sizes[0], sizes[-1]}))
+    first, *others = several = make()
     seen: list[int] = []
-    graphs.capture(lambda done, total: seen.append(device_memory_bytes(device)[1]))
+    first.capture(lambda done, total: seen.append(device_memory_bytes(device)[1]))
+    for one in others:
+        one.capture()
     used = before - device_memory_bytes(device)[1]
-    each = max(seen[0] - seen[-1], GRAPH_BYTES)
-    graphs.release()
-    del graphs, pages
+    each = max(seen[0] - seen[-1], GRAPH_BYTES) if seen else 0
+    for one in several:
+        one.release()
+    del first, others, several, one
     torch.cuda.empty_cache()
-    return max(used, 0) + max(len(sizes) - 2, 0) * each
+    return max(used, 0) + max(count - 2, 0) * each

@@ -118,7 +118,7 @@ def ledger_rows(ledger: MemoryLedger, config: Resolved) -> list[tuple[str, int, 
     """The ledger line by line: (what, bytes, remark), top down from the device's memory to what stays free."""
     length = config.max_model_len
     fits = f"fits {ledger.fits(length)} requests of {length} tokens"
-    graphs = [("CUDA graphs", ledger.graph_bytes, "decode steps captured at fixed sizes")]
+    graphs = [("CUDA graphs", ledger.graph_bytes, "steps captured at fixed sizes")]
     return [
         ("device", ledger.total_bytes, config.device),
         ("usable", ledger.usable_bytes, "by the engine and all others"),

@@ -26,7 +26,8 @@ from ridgeline.models.batch import Batch
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
 from ridgeline.ops.attention_call import WORD_BITS
-from ridgeline.run.graphs import Passed, captured, no_garbage_collection
+from ridgeline.run.capture import Recorded, Works, capture_each, run
+from ridgeline.run.graphs import Passed
 from ridgeline.run.places import Layout, arrays, placed, tensors
 
 DEEPEST = 12
@@ -82,8 +83,8 @@ class _Beam:
     batch: Batch
     written: list[tuple[Sequence[int] | None, int]]
     """Of each row of the table: the list that it shows, and how much of it."""
-    first: torch.cuda.CUDAGraph | None = None
-    level: torch.cuda.CUDAGraph | None = None
+    first: Recorded | None = None
+    level: Recorded | None = None
 
 
 class Beams:
@@ -185,26 +186,18 @@ class Beams:
     def _count(self, requests: int) -> int:
         return self.sizes[bisect_left(self.sizes, requests)]
 
-    @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture all sizes, the largest first; see DecodeGraphs.capture."""
-        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(stream), no_garbage_collection():
-            for number, requests in enumerate(reversed(self.sizes)):
-                one = self._sizes[requests]
-                self._write(one, [], (self.children,), np.zeros((self.children, len(self._edges) + 1)))
-                self._memory[: one.nbytes].copy_(self._host[: one.nbytes])
-                self._begin(one)
-                self._go_on(one)
-                stream.synchronize()
-                one.first = captured(partial(self._begin, one), pool)
-                one.level = captured(partial(self._go_on, one), pool)
-                if progress is not None:
-                    progress(number + 1, len(self.sizes))
+        """Capture all sizes, as capture_each does."""
+        beams = [self._sizes[requests] for requests in reversed(self.sizes)]
+
+        def ready(one: _Beam) -> Works:
+            self._write(one, [], (self.children,), np.zeros((self.children, len(self._edges) + 1)))
+            self._memory[: one.nbytes].copy_(self._host[: one.nbytes])
+            return partial(self._begin, one), partial(self._go_on, one)
+
+        for one, graphs in zip(beams, capture_each(self.device, beams, ready, progress)):
+            one.first, one.level = graphs
         self._writer = 0
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
 
     def release(self) -> None:
         """Give the graphs and their memory back."""
@@ -228,10 +221,7 @@ class Beams:
         self._memory[: one.nbytes].copy_(self._host[: one.nbytes], non_blocking=True)
         for number in range(len(widths)):
             work, graph = (self._go_on, one.level) if number else (self._begin, one.first)
-            if graph is None:
-                work(one)
-            else:
-                graph.replay()
+            run(graph, work, one)
         taken = len(widths) * one.requests * one.beam * (2 * self.children + 1)
         told = self._told[:taken]
         told.copy_(self._record[:taken], non_blocking=True)

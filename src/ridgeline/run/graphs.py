@@ -17,18 +17,14 @@ All sizes share one pool of memory for what lies between two kernels, since no t
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 
-from ridgeline.core.errors import KernelRefused
 from ridgeline.core.step import UNREAD, Chunk, Sampling, Spans
 from ridgeline.core.tree import MOST_NODES
 from ridgeline.kv.pages import Pages
@@ -36,6 +32,7 @@ from ridgeline.models.batch import Batch
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
 from ridgeline.ops.attention_call import WORD_BITS
+from ridgeline.run.capture import Cuts, Recorded, Works, capture_each, run
 from ridgeline.run.places import (
     Fields,
     PassFields,
@@ -86,6 +83,63 @@ def pass_sizes_up_to(most_requests: int, most_rows: int) -> tuple[PassSize, ...]
     return tuple(sorted(found))
 
 
+def holding(sizes: Sequence[PassSize], rows: int, requests: int) -> Iterator[PassSize]:
+    """Those of ascending sizes that hold so many rows of so many requests, fewest rows first."""
+    return (size for size in sizes[bisect_left(sizes, PassSize(rows, requests)) :] if size.requests >= requests)
+
+
+class Side(Protocol):
+    """The host's side of one size (run/places.py)."""
+
+    nbytes: int
+
+    def forget(self) -> None: ...
+
+
+Written = TypeVar("Written")
+OneSide = TypeVar("OneSide", bound=Side)
+
+
+class Inputs:
+    """The inputs of steps of all sizes of a kind: a stretch of memory on the device, at whose beginning each size lies,
+    and two on the host that take turns."""
+
+    TURNS = 2
+    """One may still be on its way to the device while the other is written."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.device = device
+        self.memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        self.host = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(self.TURNS)]
+        self._sent: list[torch.cuda.Event | None] = [None] * self.TURNS
+        self._writer: list[Side | None] = [None] * self.TURNS
+        self._turn = 0
+
+    def send(self, sides: Sequence[OneSide], fill: Callable[[OneSide], Written]) -> Written:
+        """Let one of a size's sides (one a turn) be filled, and copy it to the device without waiting for that."""
+        turn = self._turn = (self._turn + 1) % self.TURNS
+        sent = self._sent[turn]
+        if sent is not None:
+            sent.synchronize()
+        side = sides[turn]
+        if self._writer[turn] is not side:
+            self._writer[turn] = side
+            side.forget()
+        written = fill(side)
+        self.memory[: side.nbytes].copy_(self.host[turn][: side.nbytes], non_blocking=True)
+        if self.device.type == "cuda":
+            sent = self._sent[turn] = sent or torch.cuda.Event()
+            sent.record(torch.cuda.current_stream(self.device))
+        return written
+
+    def clear(self, sides: Sequence[Side]) -> None:
+        """Padding alone, before a capture."""
+        side = self._writer[0] = sides[0]
+        side.forget()
+        self.memory[: side.nbytes].copy_(self.host[0][: side.nbytes])
+
+
 @dataclass(slots=True)
 class _Size:
     """One captured size: its device inputs, its graphs (None where nothing is captured), its host sides by turn."""
@@ -94,8 +148,8 @@ class _Size:
     fields: Fields
     batch: Batch
     staging: tuple[Staging, ...]
-    forward: torch.cuda.CUDAGraph | None = None
-    choice: torch.cuda.CUDAGraph | None = None
+    forward: Recorded | None = None
+    choice: Recorded | None = None
 
 
 @dataclass(slots=True)
@@ -116,9 +170,6 @@ class DecodeGraphs:
     run op by op.
     """
 
-    TURNS = 2
-    """Host sides of each size: one may still be on its way to the device while the next is written."""
-
     def __init__(
         self,
         model: Decoder,
@@ -132,13 +183,7 @@ class DecodeGraphs:
         self.model, self.pages, self.ops, self.device = model, pages, ops, device
         self.sizes = tuple(sizes)
         most, spec = self.sizes[-1], model.spec
-        pinned = device.type == "cuda"
-        total = layout(most, width)[1]
-        self._memory = torch.zeros(total, dtype=torch.uint8, device=device)
-        self._host = [torch.zeros(total, dtype=torch.uint8, pin_memory=pinned) for _ in range(self.TURNS)]
-        self._sent: list[torch.cuda.Event | None] = [None] * self.TURNS
-        self._writer: list[int | None] = [None] * self.TURNS
-        self._turn = 0
+        self._inputs = Inputs(layout(most, width)[1], device)
         starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self.sampled = torch.zeros(most, dtype=torch.int64, device=device)
         self.hidden = torch.zeros(most, spec.hidden, dtype=model.store.dtype, device=device)
@@ -146,7 +191,7 @@ class DecodeGraphs:
         self._floats = torch.zeros(most, dtype=torch.float32, device=device)
         self._sizes: dict[int, _Size] = {}
         for rows in self.sizes:
-            fields = on_device(self._memory, rows, width)
+            fields = on_device(self._inputs.memory, rows, width)
             batch = Batch(
                 spans=Spans((1,) * rows, (width * block_size,) * rows),
                 kind="decode",
@@ -158,33 +203,19 @@ class DecodeGraphs:
                 lengths=fields.lengths,
                 rows=None,
             )
-            staging = tuple(Staging(host, rows, width, block_size) for host in self._host)
+            staging = tuple(Staging(host, rows, width, block_size) for host in self._inputs.host)
             self._sizes[rows] = _Size(rows, fields, batch, staging)
 
-    @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture all sizes, the largest first, so that the others find the memory that they need.
+        """Capture all sizes, as capture_each does."""
+        sizes = [self._sizes[rows] for rows in reversed(self.sizes)]
 
-        progress(done, total) counts sizes. Every size runs once uncaptured before: kernels compile then.
-        """
-        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(stream), no_garbage_collection():
-            for number, rows in enumerate(reversed(self.sizes)):
-                size = self._sizes[rows]
-                staging = size.staging[0]
-                staging.forget()
-                self._memory[: staging.nbytes].copy_(self._host[0][: staging.nbytes])
-                self._forward(size)
-                self._choose(size)
-                stream.synchronize()
-                size.forward = captured(partial(self._forward, size), pool)
-                size.choice = captured(partial(self._choose, size), pool)
-                if progress is not None:
-                    progress(number + 1, len(self.sizes))
-        self._writer[0] = None
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()  # what the uncaptured runs held, on a stream that nobody will use again
+        def ready(size: _Size) -> Works:
+            self._inputs.clear(size.staging)
+            return partial(self._forward, size), partial(self._choose, size)
+
+        for size, graphs in zip(sizes, capture_each(self.device, sizes, ready, progress)):
+            size.forward, size.choice = graphs
 
     def release(self) -> None:
         """Give the graphs and their memory back."""
@@ -201,30 +232,11 @@ class DecodeGraphs:
         """Start a step that is served: row i of it is chunk i. `places` as in Staging.fill."""
         count = len(chunks)
         size = self._sizes[self.sizes[bisect_left(self.sizes, count)]]
-        turn = self._turn = (self._turn + 1) % self.TURNS
-        sent = self._sent[turn]
-        if sent is not None:
-            sent.synchronize()
-        staging = size.staging[turn]
-        if self._writer[turn] != size.rows:
-            self._writer[turn] = size.rows
-            staging.forget()
-        plain = staging.fill(chunks, places)
-        host, nbytes = self._host[turn], staging.nbytes
-        self._memory[:nbytes].copy_(host[:nbytes], non_blocking=True)
-        if self.device.type == "cuda":
-            sent = self._sent[turn] = sent or torch.cuda.Event()
-            sent.record(torch.cuda.current_stream(self.device))
-        if size.forward is None:
-            self._forward(size)
-        else:
-            size.forward.replay()
+        plain = self._inputs.send(size.staging, lambda side: side.fill(chunks, places))
+        run(size.forward, self._forward, size)
         tokens = None
         if plain:
-            if size.choice is None:
-                self._choose(size)
-            else:
-                size.choice.replay()
+            run(size.choice, self._choose, size)
             tokens = self.sampled[:count]
         return Replayed(size.rows - count, self.hidden[:count], tokens)
 
@@ -255,8 +267,8 @@ class _Pass:
     fields: PassFields
     batch: Batch
     staging: tuple[PassStaging, ...]
-    forward: torch.cuda.CUDAGraph | None = None
-    choice: torch.cuda.CUDAGraph | None = None
+    forward: Recorded | None = None
+    choice: Recorded | None = None
 
 
 @dataclass(slots=True)
@@ -283,8 +295,6 @@ class PassGraphs:
     Until `capture` is called, and on devices without graphs, the same passes run op by op.
     """
 
-    TURNS = DecodeGraphs.TURNS
-
     def __init__(
         self,
         model: Decoder,
@@ -296,7 +306,9 @@ class PassGraphs:
         width: int,
         children: int | None = None,
     ) -> None:
-        self.model, self.pages, self.ops, self.device = model, pages, ops, device
+        self.model, self.pages, self.device = model, pages, device
+        self._cuts = Cuts()
+        self.ops = ops.observed(self._cuts)
         self.children = None if children is None else min(children, model.spec.vocabulary)
         windows = [window for window in model.spec.windows if window is not None]
         # A window must hold a tree's whole mask: ops/attention_call.py.
@@ -304,12 +316,7 @@ class PassGraphs:
         self.sizes = tuple(sorted(sizes)) if self.most_nodes else ()
         rows = max((one.rows for one in self.sizes), default=1)
         total = max((pass_layout(one, one.words(self.most_nodes), width)[1] for one in self.sizes), default=0)
-        pinned = device.type == "cuda"
-        self._memory = torch.zeros(total, dtype=torch.uint8, device=device)
-        self._host = [torch.zeros(total, dtype=torch.uint8, pin_memory=pinned) for _ in range(self.TURNS)]
-        self._sent: list[torch.cuda.Event | None] = [None] * self.TURNS
-        self._writer: list[PassSize | None] = [None] * self.TURNS
-        self._turn = 0
+        self._inputs = Inputs(total, device)
         self.hidden = torch.zeros(rows, model.spec.hidden, dtype=model.store.dtype, device=device)
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         self.proposed = torch.zeros(rows, self.children or 1, dtype=torch.int64, device=device)
@@ -320,7 +327,7 @@ class PassGraphs:
 
     def _placed(self, size: PassSize, width: int, block_size: int) -> _Pass:
         nodes, words = size.nodes(self.most_nodes), size.words(self.most_nodes)
-        fields = pass_on_device(self._memory, size, words, width)
+        fields = pass_on_device(self._inputs.memory, size, words, width)
         none = (0,) * size.requests
         batch = Batch(
             # The host's view is for checks alone: all rows and the longest tree as the first request's.
@@ -336,30 +343,19 @@ class PassGraphs:
             tree=fields.tree,
             tails=fields.tails,
         )
-        staging = tuple(PassStaging(host, size, words, width, block_size) for host in self._host)
+        staging = tuple(PassStaging(host, size, words, width, block_size) for host in self._inputs.host)
         return _Pass(size, nodes, fields, batch, staging)
 
-    @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture all sizes, the largest first; see DecodeGraphs.capture."""
-        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(stream), no_garbage_collection():
-            for number, size in enumerate(reversed(self.sizes)):
-                one = self._passes[size]
-                staging = one.staging[0]
-                staging.forget()
-                self._memory[: staging.nbytes].copy_(self._host[0][: staging.nbytes])
-                self._forward(one)
-                self._choose(one)
-                stream.synchronize()
-                one.forward = captured(partial(self._forward, one), pool)
-                one.choice = captured(partial(self._choose, one), pool)
-                if progress is not None:
-                    progress(number + 1, len(self.sizes))
-        self._writer[0] = None
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+        """Capture all sizes, as capture_each does."""
+        passes = [self._passes[size] for size in reversed(self.sizes)]
+
+        def ready(one: _Pass) -> Works:
+            self._inputs.clear(one.staging)
+            return partial(self._forward, one), partial(self._choose, one)
+
+        for one, graphs in zip(passes, capture_each(self.device, passes, ready, progress, self._cuts)):
+            one.forward, one.choice = graphs
 
     def release(self) -> None:
         """Give the graphs and their memory back."""
@@ -370,10 +366,7 @@ class PassGraphs:
         """The smallest size that holds these, fewest rows first; None if there is none."""
         rows, requests = sum(chunk.new for chunk in chunks), len(chunks)
         nodes = max((0 if chunk.tree is None else len(chunk.tree) for chunk in chunks), default=0)
-        for size in self.sizes[bisect_left(self.sizes, PassSize(rows, requests)) :]:
-            if size.requests >= requests and self._passes[size].nodes >= nodes:
-                return size
-        return None
+        return next((size for size in holding(self.sizes, rows, requests) if self._passes[size].nodes >= nodes), None)
 
     def serves(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is one of verification that fits: a known token and perhaps a tree each, whose rows are all
@@ -396,30 +389,13 @@ class PassGraphs:
         size = self.size_for(chunks)
         assert size is not None, "no size holds this pass"
         one, count = self._passes[size], sum(chunk.new for chunk in chunks)
-        turn = self._turn = (self._turn + 1) % self.TURNS
-        sent = self._sent[turn]
-        if sent is not None:
-            sent.synchronize()
-        staging = one.staging[turn]
-        if self._writer[turn] != size:
-            self._writer[turn] = size
-            staging.forget()
-        plain = staging.fill(chunks, settings, drafts=self.children is not None)
-        host, nbytes = self._host[turn], staging.nbytes
-        self._memory[:nbytes].copy_(host[:nbytes], non_blocking=True)
-        if self.device.type == "cuda":
-            sent = self._sent[turn] = sent or torch.cuda.Event()
-            sent.record(torch.cuda.current_stream(self.device))
-        if one.forward is None:
-            self._forward(one)
-        else:
-            one.forward.replay()
+        plain = self._inputs.send(
+            one.staging, lambda side: side.fill(chunks, settings, drafts=self.children is not None)
+        )
+        run(one.forward, self._forward, one)
         passed = Passed(size.rows - count, self.hidden[:count])
         if whole and plain:
-            if one.choice is None:
-                self._choose(one)
-            else:
-                one.choice.replay()
+            run(one.choice, self._choose, one)
             if self.children is None:
                 passed.tokens = self.sampled[:count]
             else:
@@ -448,67 +424,3 @@ class PassGraphs:
             fields.tails, one.nodes,
         )  # fmt: skip
         ops.kv_compact([*self.pages.keys, *self.pages.values], source, target)
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Memory that the collector frees in the middle of a capture would break it."""
-    gc.collect()
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """Record what `work` launches on the current stream. KernelRefused if something in it cannot be recorded."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(pool, capture_error_mode="thread_local")
-    try:
-        try:
-            work()
-        except BaseException:
-            with suppress(RuntimeError):  # the capture is broken, which is said here once more
-                _end(graph)
-            raise
-        _end(graph)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise KernelRefused(
-            f"a step cannot be captured as a CUDA graph; enforce_eager=True runs it op by op ({error})"
-        ) from error
-    return graph
-
-
-def _end(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture. RuntimeError if it is broken, but then, too, torch knows that it is over.
-
-    torch asks the driver first, and if that says that the capture is broken leaves all else as it was: random numbers
-    are for a capture that never ends, the pool's memory is never given back. So the same graph ends once more, with
-    another recording on the stream, which is good.
-    """
-    try:
-        graph.capture_end()
-    except RuntimeError:
-        with suppress(RuntimeError):  # torch had come further than the driver's answer, and knows
-            _record_little()
-            graph.capture_end()
-        raise
-
-
-THREAD_LOCAL = 1
-"""CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"""
-
-
-def _record_little() -> None:
-    """Begin a recording on the current stream past torch, and record one operation."""
-    one = torch.empty(1, device="cuda")
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    problem = ctypes.CDLL("libcuda.so.1").cuStreamBeginCapture_v2(stream, THREAD_LOCAL)
-    if problem:
-        raise RuntimeError(f"cuStreamBeginCapture failed ({problem})")
-    one.zero_()

@@ -4,14 +4,15 @@ Knows plans, and how a step of R rows lies in one stretch of memory: the same on
 and on the device, where captured steps read it. It must not know models or graphs.
 
 In a decode step a row is one request with one new token. Rows that nobody has are padding: token 0 of a request of
-length 0, whose keys and values are written nowhere, so that whatever is computed for them is harmless. A pass of
-ragged requests (tree verification, drafting) has all its padding rows in one request more, of length 0 too.
+length 0, whose keys and values are written nowhere, so that whatever is computed for them is harmless. A step of
+ragged requests (prompts, tree verification, drafting) has all its padding rows in one request more, of length 0 too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 from ridgeline.core.step import UNREAD, Chunk, Sampling
 from ridgeline.ops.attention_call import WORD_BITS
-from ridgeline.run.prepare import adjusts, cuts
+from ridgeline.run.prepare import adjusts, cuts, fill_tokens
 
 ALIGNED = 16
 """Bytes that every field begins at a multiple of: kernels are compiled for aligned pointers."""
@@ -165,7 +166,7 @@ class Staging:
 
 @dataclass(frozen=True, slots=True, order=True)
 class PassSize:
-    """A size of passes over ragged requests. rows: new tokens and nodes of all requests; requests: at most."""
+    """A size of steps of ragged requests. rows: new tokens and nodes of all requests; requests: at most."""
 
     rows: int
     requests: int
@@ -223,6 +224,29 @@ def pass_on_device(memory: torch.Tensor, size: PassSize, words: int, width: int)
     return PassFields(**tensors(memory, pass_layout(size, words, width)[0]))
 
 
+class Tables:
+    """Block tables [B, width] on the host, of which what was written stays written: a request's list of blocks only
+    grows, and is replaced when an earlier entry changes."""
+
+    def __init__(self, tables: np.ndarray) -> None:
+        self._tables = tables
+        self.forget()
+
+    def forget(self) -> None:
+        self._tables.fill(0)
+        self._blocks: list[Sequence[int] | None] = [None] * len(self._tables)
+        self._written = [0] * len(self._tables)
+
+    def write(self, request: int, blocks: Sequence[int], used: int) -> None:
+        """The first `used` blocks of a request."""
+        if self._blocks[request] is not blocks:
+            self._blocks[request], self._written[request] = blocks, 0
+        written = self._written[request]
+        if written < used:
+            self._tables[request, written:used] = blocks[written:used]
+            self._written[request] = used
+
+
 class PassStaging:
     """The host's side of the inputs of passes of one size. Block tables that were written stay written.
 
@@ -233,13 +257,12 @@ class PassStaging:
         fields, self.nbytes = pass_layout(size, words, width)
         self.size, self.words, self.block_size = size, words, block_size
         self.fields = PassFields(**arrays(memory, fields))
-        self.forget()
+        self._tables = Tables(self.fields.tables)
+        self.clear(0, 0)
 
     def forget(self) -> None:
         """Nothing that was written is relied on any more: every row is padding."""
-        self.fields.tables.fill(0)
-        self._blocks: list[Sequence[int] | None] = [None] * self.size.requests
-        self._written = [0] * self.size.requests
+        self._tables.forget()
         self.clear(0, 0)
 
     def clear(self, rows: int, requests: int) -> None:
@@ -284,13 +307,7 @@ class PassStaging:
                 masks += [tree.words(node, self.words) for node in range(len(tree))]
             tails.append(len(ids) - known)
             slots += [blocks[place // size] * size + place % size for place in range(start, visible)]
-            used = -(-visible // size)
-            if self._blocks[request] is not blocks:
-                self._blocks[request], self._written[request] = blocks, 0
-            written = self._written[request]
-            if written < used:
-                fields.tables[request, written:used] = blocks[written:used]
-                self._written[request] = used
+            self._tables.write(request, blocks, -(-visible // size))
         rows, requests = len(ids), len(chunks)
         fields.ids[:rows], fields.positions[:rows], fields.slots[:rows] = ids, positions, slots
         fields.parents[:rows], fields.tree[:rows] = parents, masks
@@ -305,6 +322,89 @@ class PassStaging:
             plain = plain and not (adjusts(sampling) if drafts else needs_more(sampling))
         fields.seeds[:rows], fields.next[:rows], fields.temperature[:rows] = seeds, following, temperature
         return plain
+
+
+@dataclass(slots=True)
+class PromptFields:
+    """The inputs of a step with prompts of T tokens of B requests, of which the last is padding, in one stretch of
+    memory.
+
+    ids, sources (as in Fields), positions, slots: [T] int64; rows: [B - 1] int64, the last tokens of the requests that
+    are sampled, one after the other, and 0; starts: [B + 1] int32; lengths: [B] int32; tables: [B, width] int32.
+    """
+
+    ids: Any
+    sources: Any
+    positions: Any
+    slots: Any
+    rows: Any
+    starts: Any
+    lengths: Any
+    tables: Any
+
+
+def prompt_layout(size: PassSize, width: int) -> tuple[Layout, int]:
+    """Where the fields of a step with prompts lie, and the bytes of all. The padding request is one more."""
+    requests = size.requests + 1
+    return placed(
+        [
+            *((name, "int64", (size.rows,)) for name in ("ids", "sources", "positions", "slots")),
+            ("rows", "int64", (size.requests,)),
+            ("starts", "int32", (requests + 1,)),
+            ("lengths", "int32", (requests,)),
+            ("tables", "int32", (requests, width)),
+        ]
+    )
+
+
+def prompt_on_device(memory: torch.Tensor, size: PassSize, width: int) -> PromptFields:
+    """Views of a stretch of bytes (uint8) on a device."""
+    return PromptFields(**tensors(memory, prompt_layout(size, width)[0]))
+
+
+class PromptStaging:
+    """The host's side of the inputs of steps with prompts of one size. Block tables that were written stay written.
+
+    memory: as in Staging, shared with other sizes in the same way.
+    """
+
+    def __init__(self, memory: torch.Tensor, size: PassSize, width: int, block_size: int) -> None:
+        fields, self.nbytes = prompt_layout(size, width)
+        self.size, self.block_size = size, block_size
+        self.fields = PromptFields(**arrays(memory, fields))
+        self._tables = Tables(self.fields.tables)
+        self.fill((), {})
+
+    def forget(self) -> None:
+        """Nothing that was written is relied on any more: every row is padding."""
+        self._tables.forget()
+        self.fill((), {})
+
+    def fill(self, chunks: Sequence[Chunk], places: Mapping[str, int]) -> int:
+        """Write chunks one after the other; how many of them are sampled. places: as in Staging.fill."""
+        fields = self.fields
+        starts = list(accumulate((chunk.new for chunk in chunks), initial=0))
+        rows, requests = starts[-1], len(chunks)
+        fill_tokens((fields.ids, fields.positions, fields.slots), chunks, starts, self.block_size)
+        fields.sources.fill(-1)
+        sampled = []
+        for request, chunk in enumerate(chunks):
+            last = starts[request + 1] - 1
+            if chunk.token_ids[-1] == UNREAD:
+                fields.sources[last] = places[chunk.request_id]
+            if chunk.sampling is not None:
+                sampled.append(last)
+            self._tables.write(request, chunk.blocks, -(-chunk.visible // self.block_size))
+        fields.rows.fill(0)
+        fields.rows[: len(sampled)] = sampled
+        fields.lengths.fill(0)
+        fields.lengths[:requests] = [chunk.visible for chunk in chunks]
+        fields.starts[: requests + 1] = starts
+        fields.starts[requests:-1] = rows  # what nobody has is the last request's
+        fields.starts[-1] = self.size.rows
+        fields.ids[rows:] = fields.positions[rows:] = 0
+        fields.slots[rows:] = -1
+        return len(sampled)
 
 
 def needs_more(sampling: Sampling) -> bool:

@@ -6,7 +6,7 @@ layouts. It must not know models, nor who decided the plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +99,7 @@ def prepare(plan: StepPlan, device: torch.device, block_size: int, places: Mappi
 
     total_rows = len(rows)
     long = np.empty(3 * tokens + total_rows + len(target_ids), dtype=np.int64)
-    _fill_tokens(long[: 3 * tokens], chunks, starts, block_size)
+    fill_tokens(long[: 3 * tokens].reshape(3, tokens), chunks, starts, block_size)
     tail = long[3 * tokens :]
     tail[:total_rows] = rows
     tail[total_rows : total_rows + len(target_ids)] = target_ids
@@ -171,9 +171,10 @@ def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _fill_tokens(out: np.ndarray, chunks: Sequence[Chunk], starts: list[int], block_size: int) -> None:
-    """ids, positions and slots, [3, T]."""
-    ids, positions, slots = out.reshape(3, -1)
+def fill_tokens(out: Iterable[np.ndarray], chunks: Sequence[Chunk], starts: Sequence[int], block_size: int) -> None:
+    """ids, positions and slots, each at least [T], of chunks of which each begins at its row of `starts` and ends at
+    the next one."""
+    ids, positions, slots = out
     for index, chunk in enumerate(chunks):
         first, last = starts[index], starts[index + 1]
         if last - first == 1:

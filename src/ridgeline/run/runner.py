@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ridgeline.core.errors import CheckpointError
-from ridgeline.core.step import Accepted, Chunk, Sampling, StepPlan, StepResult, TokenScore
+from ridgeline.core.step import Accepted, Chunk, StepPlan, StepResult, TokenScore
 from ridgeline.core.tree import TokenTree
 from ridgeline.kernels.select import Table
 from ridgeline.kv.pages import Pages
@@ -25,6 +25,7 @@ from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
 from ridgeline.run.graphs import DecodeGraphs, PassGraphs
 from ridgeline.run.prepare import Prepared, SampleInputs, prepare, sample_inputs, send
+from ridgeline.run.prompts import PromptGraphs
 from ridgeline.run.verify import Draws, law_of, walked
 
 SCORED_ROWS = 256
@@ -132,7 +133,8 @@ class Step:
 class Runner:
     """A model on a device with its KV pages and its table of kernels.
 
-    graphs: serve the decode steps that they can, passes the steps with trees; None: these run op by op.
+    graphs: serve the decode steps that they can, prompts (beside graphs) those with prompts, passes the steps with
+    trees; None: these run op by op.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class Runner:
         block_size: int,
         graphs: DecodeGraphs | None = None,
         passes: PassGraphs | None = None,
+        prompts: PromptGraphs | None = None,
     ) -> None:
         self.model = model
         self.pages = pages
@@ -152,6 +155,7 @@ class Runner:
         self.block_size = block_size
         self.graphs = graphs
         self.passes = passes
+        self.prompts = prompts
         self._tokens = torch.zeros(1, dtype=torch.int64, device=device)  # of the last step, row by row
         self._places: dict[str, int] = {}  # whose row is which
 
@@ -174,6 +178,8 @@ class Runner:
             self._replay(plan, step, self.graphs)
         elif ops is None and self.passes is not None and plan.kind == "tree" and self.passes.serves(plan.chunks):
             self._replay_trees(plan, step, self.passes)
+        elif ops is None and self.prompts is not None and self.prompts.serves(plan.chunks):
+            self._replay_prompts(plan, step, self.prompts)
         else:
             self._compute(plan, step, ops or self.table.ops(plan.kind))
         if step.began is not None:
@@ -192,6 +198,9 @@ class Runner:
         if self.passes is not None:
             self.passes.release()
             self.passes = None
+        if self.prompts is not None:
+            self.prompts.release()
+            self.prompts = None
 
     def _compute(self, plan: StepPlan, step: Step, ops: Ops) -> None:
         """Any step, op by op."""
@@ -259,10 +268,22 @@ class Runner:
         hidden = launched.hidden
         if step.rows is not None:
             hidden, step.rows = hidden[send(np.array(step.rows, dtype=np.int64), self.device)], None
-        settings: list[Sampling] = [chunk.sampling for chunk in chunks if chunk.sampling is not None]
+        self._sample(plan, step, hidden)
+
+    def _replay_prompts(self, plan: StepPlan, step: Step, prompts: PromptGraphs) -> None:
+        """A step with prompts at a captured size."""
+        launched = prompts.launch(plan.chunks, self._places)
+        step.padding = launched.padding
+        step.names = [chunk.request_id for chunk in plan.chunks if chunk.sampling is not None]
+        if step.names:
+            self._sample(plan, step, launched.hidden)
+
+    def _sample(self, plan: StepPlan, step: Step, hidden: torch.Tensor) -> None:
+        """The tokens behind the hidden states [S, D] of all chunks that are sampled, op by op."""
+        settings = [chunk.sampling for chunk in plan.chunks if chunk.sampling is not None]
         step.asked = [one.params.logprobs for one in settings]
         inputs = sample_inputs(settings, self.device)
-        self._keep(self._choose(step, hidden, inputs, self.table.ops("decode")), step.names)
+        self._keep(self._choose(step, hidden, inputs, self.table.ops(plan.kind)), step.names)
 
     def _replay_trees(self, plan: StepPlan, step: Step, passes: PassGraphs) -> None:
         """A step of verification at a captured size."""

@@ -11,7 +11,7 @@ import torch
 from triton_checks import plain_product
 
 from ridgeline.core.request import SamplingParams
-from ridgeline.core.step import Chunk, Sampling, StepPlan
+from ridgeline.core.step import Chunk, Sampling, StepPlan, StepResult
 from ridgeline.core.tree import ROOT, TokenTree
 from ridgeline.kernels.select import CLASSES_OF_WORK, Choice, Table, load_kernels
 from ridgeline.kernels.triton import attention as attention_kernels
@@ -21,6 +21,7 @@ from ridgeline.models import build_model, parse_config
 from ridgeline.ops import REGISTRY, Ops
 from ridgeline.run.graphs import PassGraphs
 from ridgeline.run.places import PassSize
+from ridgeline.run.prompts import PromptGraphs
 from ridgeline.run.runner import Runner
 
 pytestmark = pytest.mark.interpret
@@ -76,15 +77,27 @@ def chosen(way: str) -> dict[str, Callable[..., Any]]:
 
 @pytest.mark.parametrize("config", [LLAMA, MIXTURE, OPT], ids=["dense", "mixture", "opt"])
 def test_steps_agree_with_the_references(config: dict[str, object]) -> None:
+    """Op by op, and padded to a fixed size as captured steps are."""
     spec = parse_config(config)
     model = build_model(spec, torch.device("cpu"), torch.float32, 128)
     model.store.fill_random(1)
-    ours, theirs = (runner(model, ops) for ops in (Ops(chosen("call")), Ops({})))
+    kernels = Ops(chosen("call"))
+    ours, padded, theirs = (runner(model, ops) for ops in (kernels, kernels, Ops({})))
+    padded.prompts = PromptGraphs(
+        model, padded.pages, kernels, padded.device, BLOCK, [PassSize(40, 3)], 3, torch.zeros(3, dtype=torch.int64)
+    )
     for number, chunks in enumerate(STEPS):
-        got, wanted = (one.run(StepPlan(number, chunks)).sampled for one in (ours, theirs))
-        assert {name: one.token for name, one in got.items()} == {name: one.token for name, one in wanted.items()}
-    for mine, reference in zip(ours.pages.keys + ours.pages.values, theirs.pages.keys + theirs.pages.values):
-        torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
+        got, *others = (one.run(StepPlan(number, chunks)) for one in (theirs, ours, padded))
+        for other in others:
+            assert tokens(other) == tokens(got)
+        assert [one.padding for one in others] == [0, 40 - sum(chunk.new for chunk in chunks)]
+    for one in (ours, padded):
+        for mine, reference in zip(one.pages.keys + one.pages.values, theirs.pages.keys + theirs.pages.values):
+            torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
+
+
+def tokens(result: StepResult) -> dict[str, int]:
+    return {name: one.token for name, one in result.sampled.items()}
 
 
 @pytest.mark.parametrize("config", [LLAMA, MIXTURE, OPT], ids=["dense", "mixture", "opt"])
