@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from ridgeline.core.errors import KernelRefused
 from ridgeline.core.request import SamplingParams
 from ridgeline.core.step import UNREAD, Chunk, Sampling, StepPlan
 from ridgeline.engine.build import build
-from ridgeline.ops import Ops
 from ridgeline.run import capture
 from ridgeline.run.capture import captured
 from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
@@ -74,42 +73,6 @@ def test_a_broken_capture_is_closed(fault: BaseException | None, monkeypatch: py
     with pytest.raises(kind, match="waits" if isinstance(fault, RuntimeError) and kind is KernelRefused else None):
         captured(work, None)
     assert not Broken.made[0].open
-
-
-class Whole:
-    """A graph that records nothing."""
-
-    made: ClassVar[list[Whole]] = []
-
-    def __init__(self) -> None:
-        self.begun = self.ended = 0
-        Whole.made.append(self)
-
-    def capture_begin(self, *args: Any, **more: Any) -> None:
-        self.begun += 1
-
-    def capture_end(self) -> None:
-        self.ended += 1
-
-
-@pytest.mark.parametrize(("ops", "graphs"), [(3, 1), (capture.FIRST_OPS, 1), (capture.FIRST_OPS + 1, 2), (200, 2)])
-def test_work_is_cut_behind_its_first_ops(ops: int, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each graph is begun and ended once, and counting goes on without graphs afterwards."""
-    Whole.made = []
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Whole)
-    cuts = capture.Cuts()
-    watched = Ops({}).observed(cuts)
-    x, weight = torch.randn(2, 4), torch.ones(4)
-
-    def work() -> None:
-        for _ in range(ops):
-            watched.norm(x, None, weight, 1e-5)  # type: ignore[attr-defined]
-
-    assert len(captured(work, None, cuts).graphs) == graphs
-    assert [(one.begun, one.ended) for one in Whole.made] == [(1, 1)] * graphs
-    work()
-    assert cuts.seen == ops
-    assert len(Whole.made) == graphs
 
 
 # Places

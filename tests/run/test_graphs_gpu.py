@@ -13,8 +13,7 @@ import torch
 from ridgeline import LLM, SamplingParams
 from ridgeline.core.errors import KernelRefused
 from ridgeline.core.step import Chunk, Sampling, StepPlan, StepRecord
-from ridgeline.ops import Ops
-from ridgeline.run.capture import FIRST_OPS, LEAST_OPS, Cuts, captured
+from ridgeline.run.capture import captured
 from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
 from ridgeline.run.runner import Runner
 
@@ -229,40 +228,6 @@ def test_a_capture_that_breaks_leaves_nothing_behind() -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before
-
-
-def test_long_work_is_two_graphs() -> None:
-    """Cut behind its first ops; a break in the second graph leaves nothing behind either."""
-    cuts, out = Cuts(), torch.zeros(1 << 20, device="cuda")
-    x = torch.randn(64, 64, device="cuda")
-    work = Ops({}).observed(cuts)
-    weight = torch.ones(64, device="cuda")
-
-    def normalize(count: int, breaks: bool = False) -> None:
-        total = x
-        for _ in range(count):
-            total = work.norm(total, None, weight, 1e-5)[0] + 1  # type: ignore[attr-defined]
-            if breaks and cuts.seen == FIRST_OPS + 3:
-                total.sum().item()
-        out[: x.numel()].copy_(total.view(-1))
-
-    normalize(LEAST_OPS)
-    wanted = out.clone()
-    torch.cuda.synchronize()
-    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    with torch.cuda.stream(stream):
-        whole = captured(lambda: normalize(LEAST_OPS), pool)
-        parts = captured(lambda: normalize(LEAST_OPS), pool, cuts)
-        with pytest.raises(KernelRefused, match="enforce_eager"):
-            captured(lambda: normalize(LEAST_OPS, breaks=True), pool, cuts)
-        again = captured(lambda: normalize(LEAST_OPS), pool, cuts)
-    assert [len(one.graphs) for one in (whole, parts, again)] == [1, 2, 2]
-    for one in (whole, parts, again):
-        out.zero_()
-        one.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(out, wanted)
-    assert torch.randn(8, device="cuda").isfinite().all()
 
 
 def test_reference_kernels_run_op_by_op(tiny: Path) -> None:

@@ -26,7 +26,7 @@ from ridgeline.models.batch import Batch
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
 from ridgeline.ops.attention_call import WORD_BITS
-from ridgeline.run.capture import Recorded, Works, capture_each, run
+from ridgeline.run.capture import Works, capture_each, run
 from ridgeline.run.graphs import Passed
 from ridgeline.run.places import Layout, arrays, placed, tensors
 
@@ -83,8 +83,8 @@ class _Beam:
     batch: Batch
     written: list[tuple[Sequence[int] | None, int]]
     """Of each row of the table: the list that it shows, and how much of it."""
-    first: Recorded | None = None
-    level: Recorded | None = None
+    first: torch.cuda.CUDAGraph | None = None
+    level: torch.cuda.CUDAGraph | None = None
 
 
 class Beams:

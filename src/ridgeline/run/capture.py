@@ -1,10 +1,6 @@
 """Recording work as CUDA graphs, and replaying it.
 
 Knows how torch and the driver record a stream. It must not know what a step is.
-
-A graph begins on the device when the host has launched all of it, which takes about a microsecond a kernel. So work
-that the device waits for (a pass over trees, a prompt) is recorded as two graphs where it is long: while the first
-few kernels run, the host launches the others (Cuts).
 """
 
 from __future__ import annotations
@@ -18,53 +14,17 @@ from typing import Any, TypeVar
 import torch
 
 from ridgeline.core.errors import KernelRefused
-from ridgeline.ops.op import Op
-
-FIRST_OPS, LEAST_OPS = 24, 96
-"""Ops of the first graph of two, and of work that is worth two."""
 
 Size = TypeVar("Size")
 Works = Sequence[Callable[[], None]]
 
 
-class Recorded:
-    """One piece of work: graphs that follow one another."""
-
-    __slots__ = ("graphs",)
-
-    def __init__(self, graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
-        self.graphs = tuple(graphs)
-
-    def replay(self) -> None:
-        for graph in self.graphs:
-            graph.replay()
-
-
-class Cuts:
-    """An observer of ops (ops/op.py) that counts them, and knows when a recording is to go on in another graph."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-        self._next: Callable[[], None] | None = None
-
-    def start(self, next_graph: Callable[[], None] | None = None) -> None:
-        """Count from here. next_graph: called once, before the op that follows the first FIRST_OPS."""
-        self.seen, self._next = 0, next_graph
-
-    def before(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.seen == FIRST_OPS and self._next is not None:
-            self._next()
-        self.seen += 1
-
-    def after(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None: ...
-
-
-def run(recorded: Recorded | None, work: Callable[[Size], None], size: Size) -> None:
-    """A size's work, replayed if it was recorded."""
-    if recorded is None:
+def run(graph: torch.cuda.CUDAGraph | None, work: Callable[[Size], None], size: Size) -> None:
+    """A size's work, replayed if it was captured."""
+    if graph is None:
         work(size)
     else:
-        recorded.replay()
+        graph.replay()
 
 
 @torch.inference_mode()
@@ -73,13 +33,11 @@ def capture_each(
     sizes: Sequence[Size],
     ready: Callable[[Size], Works],
     progress: Callable[[int, int], None] | None,
-    cuts: Cuts | None = None,
-) -> list[list[Recorded]]:
-    """Recordings of each size's works, which `ready` tells once its inputs are padding. Put the largest first, so that
-    the others find the memory that they need.
+) -> list[list[torch.cuda.CUDAGraph]]:
+    """Graphs of each size's works, which `ready` tells once its inputs are padding. Put the largest first, so that the
+    others find the memory that they need.
 
-    progress(done, total) counts sizes. cuts: observes the ops of works of which long ones are two graphs each. Every
-    work runs once unrecorded before: kernels compile then.
+    progress(done, total) counts sizes. Every work runs once uncaptured before: kernels compile then.
     """
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
     found = []
@@ -87,18 +45,14 @@ def capture_each(
     with torch.cuda.stream(stream), no_garbage_collection():
         for number, size in enumerate(sizes):
             works = ready(size)
-            long = []
             for work in works:
-                if cuts is not None:
-                    cuts.start()
                 work()
-                long.append(cuts is not None and cuts.seen >= LEAST_OPS)
             stream.synchronize()
-            found.append([captured(work, pool, cuts if cut else None) for work, cut in zip(works, long)])
+            found.append([captured(work, pool) for work in works])
             if progress is not None:
                 progress(number + 1, len(sizes))
     torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()  # what the unrecorded runs held, on a stream that nobody will use again
+    torch.cuda.empty_cache()  # what the uncaptured runs held, on a stream that nobody will use again
     return found
 
 
@@ -115,42 +69,27 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def captured(work: Callable[[], None], pool: Any, cuts: Cuts | None = None) -> Recorded:
-    """Record what `work` launches on the current stream, in two graphs with `cuts`, which observes its ops.
+def captured(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """Record what `work` launches on the current stream. KernelRefused if something in it cannot be recorded.
 
-    KernelRefused if something in it cannot be recorded. A pool whose recordings are all gone takes no further one.
+    A pool whose graphs are all gone takes no further one.
     """
-    graphs = [_begun(pool)]
-
-    def next_graph() -> None:
-        _end(graphs[-1])
-        graphs.append(_begun(pool))
-
-    if cuts is not None:
-        cuts.start(next_graph)
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool, capture_error_mode="thread_local")
     try:
         try:
             work()
         except BaseException:
-            with suppress(RuntimeError):  # the recording is broken, which is said here once more
-                _end(graphs[-1])
+            with suppress(RuntimeError):  # the capture is broken, which is said here once more
+                _end(graph)
             raise
-        _end(graphs[-1])
+        _end(graph)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise KernelRefused(
             f"a step cannot be captured as a CUDA graph; enforce_eager=True runs it op by op ({error})"
         ) from error
-    finally:
-        if cuts is not None:
-            cuts.start()
-    return Recorded(graphs)
-
-
-def _begun(pool: Any) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(pool, capture_error_mode="thread_local")
     return graph
 
 

@@ -32,7 +32,7 @@ from ridgeline.models.batch import Batch
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
 from ridgeline.ops.attention_call import WORD_BITS
-from ridgeline.run.capture import Cuts, Recorded, Works, capture_each, run
+from ridgeline.run.capture import Works, capture_each, run
 from ridgeline.run.places import (
     Fields,
     PassFields,
@@ -148,8 +148,8 @@ class _Size:
     fields: Fields
     batch: Batch
     staging: tuple[Staging, ...]
-    forward: Recorded | None = None
-    choice: Recorded | None = None
+    forward: torch.cuda.CUDAGraph | None = None
+    choice: torch.cuda.CUDAGraph | None = None
 
 
 @dataclass(slots=True)
@@ -267,8 +267,8 @@ class _Pass:
     fields: PassFields
     batch: Batch
     staging: tuple[PassStaging, ...]
-    forward: Recorded | None = None
-    choice: Recorded | None = None
+    forward: torch.cuda.CUDAGraph | None = None
+    choice: torch.cuda.CUDAGraph | None = None
 
 
 @dataclass(slots=True)
@@ -306,9 +306,7 @@ class PassGraphs:
         width: int,
         children: int | None = None,
     ) -> None:
-        self.model, self.pages, self.device = model, pages, device
-        self._cuts = Cuts()
-        self.ops = ops.observed(self._cuts)
+        self.model, self.pages, self.ops, self.device = model, pages, ops, device
         self.children = None if children is None else min(children, model.spec.vocabulary)
         windows = [window for window in model.spec.windows if window is not None]
         # A window must hold a tree's whole mask: ops/attention_call.py.
@@ -354,7 +352,7 @@ class PassGraphs:
             self._inputs.clear(one.staging)
             return partial(self._forward, one), partial(self._choose, one)
 
-        for one, graphs in zip(passes, capture_each(self.device, passes, ready, progress, self._cuts)):
+        for one, graphs in zip(passes, capture_each(self.device, passes, ready, progress)):
             one.forward, one.choice = graphs
 
     def release(self) -> None:

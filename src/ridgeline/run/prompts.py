@@ -21,7 +21,7 @@ from ridgeline.kv.pages import Pages
 from ridgeline.models.batch import Batch
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import Ops
-from ridgeline.run.capture import Cuts, Recorded, Works, capture_each, run
+from ridgeline.run.capture import Works, capture_each, run
 from ridgeline.run.graphs import Inputs, Replayed, holding
 from ridgeline.run.places import PassSize, PromptFields, PromptStaging, prompt_layout, prompt_on_device
 
@@ -63,7 +63,7 @@ class _Prompt:
     fields: PromptFields
     batch: Batch
     staging: tuple[PromptStaging, ...]
-    forward: Recorded | None = None
+    forward: torch.cuda.CUDAGraph | None = None
 
 
 class PromptGraphs:
@@ -85,9 +85,7 @@ class PromptGraphs:
         width: int,
         sampled: torch.Tensor,
     ) -> None:
-        self.model, self.pages, self.device = model, pages, device
-        self._cuts = Cuts()
-        self.ops = ops.observed(self._cuts)
+        self.model, self.pages, self.ops, self.device = model, pages, ops, device
         self.sizes = tuple(sorted(sizes))
         self._sampled = sampled
         self._inputs = Inputs(max(prompt_layout(one, width)[1] for one in self.sizes), device)
@@ -125,7 +123,7 @@ class PromptGraphs:
             self._inputs.clear(one.staging)
             return (partial(self._forward, one),)
 
-        for one, (graph,) in zip(prompts, capture_each(self.device, prompts, ready, progress, self._cuts)):
+        for one, (graph,) in zip(prompts, capture_each(self.device, prompts, ready, progress)):
             one.forward = graph
 
     def release(self) -> None:
