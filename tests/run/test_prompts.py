@@ -194,6 +194,12 @@ def test_what_no_size_holds_runs_op_by_op(made: Runner) -> None:
     assert small.run(StepPlan(3, (chunk(0, 16, 3),))).padding == 13
 
 
+def test_without_the_place_of_the_last_tokens_prompts_run_op_by_op(made: Runner) -> None:
+    one = with_prompts(made, 100)
+    one.graphs = None
+    assert one.run(StepPlan(1, (chunk(0, 0, 10),))).padding == 0
+
+
 def test_what_is_served(twins: tuple[Runner, Runner]) -> None:
     prompts = twins[1].prompts
     assert prompts is not None
