@@ -5,7 +5,8 @@ anchored anew, by one rate of reading and one of arithmetic); what it says of ev
 the SHA-256 of card and predictions are printed; only then the held-out models are built with random weights and their
 steps are timed. No held-out point (op and sizes, batch and context) is on the card's grid, which is checked. Beside
 each cell stand the simple rule, 2 x parameters / FLOP/s a token or weights / bandwidth, and the floor. A step's time is
-the device's, from its first copy to its last, as the engine runs it: decoding from captured graphs, prompts op by op.
+the device's, from its first copy to its last, as the engine runs it: decoding and prompts of up to 1024 tokens from
+captured graphs, longer ones op by op.
 
     PYTHONPATH=src python3 -m benchmarks.gpu_accuracy --out $OUT                                    # the same call
     PYTHONPATH=src python3 -m benchmarks.gpu_accuracy --out $OUT --card $OUT/gpu-accuracy-card.json # another, later

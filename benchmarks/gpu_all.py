@@ -90,6 +90,7 @@ STEPS = (
     Step("tests-engine", 4, "tests of models, graphs, trees, studies on a GPU",
          tests("gpu and not slow", "tests", "--ignore=tests/kernels"), environment=THREADS),
     Step("decode-step", 2, "the engine's whole decode step", benchmark("gpu_decode")),
+    Step("prompts", 3, "steps with prompts in graphs beside op by op", benchmark("gpu_prompts")),
     Step("prefill", 4, "sm90 beside its peers on the issue's grid", benchmark("attention_prefill", fa3=True)),
     Step("decode", 3, "decode attention beside its peers, and trees", benchmark("attention_decode")),
     Step("report", 1, "the report's experiment", benchmark("attention", "report", "--name", "attention-report")),

@@ -361,7 +361,7 @@ def _refused(request_id: str, prompt: Any, error: RidgelineError) -> RequestOutp
 
 
 class _LoadingBar:
-    """A bar on the terminal for what takes longer than a second: weights to load, decode steps to capture; and
+    """A bar on the terminal for what takes longer than a second: weights to load, steps to capture; and
     one for kernels to compile."""
 
     def __enter__(self) -> _LoadingBar:

@@ -17,6 +17,7 @@ from benchmarks import (
     decode_cpu,
     gpu_baseline,
     gpu_decode,
+    gpu_prompts,
     gpu_seeds,
     kv_cache,
     qwen3_bandwidth,
@@ -142,6 +143,18 @@ def test_gpu_decode_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:
     assert [len(one) for one in result["timings"]["batch 3"]["op by op, overlap"]] == [3, 3]
     assert result["summary"]["batch 3"]["floor_s"] > 0
     assert result["targets"] == []
+
+
+def test_gpu_prompts_on_a_cpu(tmp_path: Path) -> None:
+    """Where nothing is captured both arms run op by op."""
+    out = tmp_path / "result.json"
+    quick = ["--quick", "--rounds", "2", "--threads", "1", "--device", "cpu", "--kernels", "reference"]
+    gpu_prompts.main([*quick, "--models", "llama-3.1-8b", "--out", str(out)])
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert set(result["timings"]) == {f"llama-3.1-8b {one}" for one in ("8", "20", "32 decode + 8")}
+    assert all(len(arm) == 2 for cell in result["timings"].values() for arm in cell.values())
+    assert result["summary"]["llama-3.1-8b"]["sizes"] == 0
+    assert len(result["targets"]) == 1
 
 
 def test_gpu_seeds_on_a_cpu(bench: Callable[..., dict[str, Any]]) -> None:

@@ -97,6 +97,7 @@ CARD = thing(
     card=TEXT, sha256=TEXT, version=INTEGER, device=TEXT, model=TEXT, dtype=TEXT, made=TEXT, body=LINE, head=LINE,
     decode=GRID, prefill=GRID, longest=NUMBER, step_s=NUMBER, request_s=NUMBER, ops_scale=NUMBER, host_step_s=NUMBER,
     host_request_s=NUMBER, loop_step_s=NUMBER, loop_request_s=NUMBER, residual=NUMBER, dispatch_s=NUMBER, tile=INTEGER,
+    captured=many(INTEGER, 0),
     versions=table(TEXT), clocks=thing(spread=NUMBER, slowed=TEXT, before={"type": "object"}, after={"type": "object"}),
 )  # fmt: skip
 POINT = thing(flops=NUMBER, bytes=NUMBER, seconds=POSITIVE)
@@ -109,7 +110,7 @@ MACHINE = thing(
     ops=table(many(thing(sizes=many(NUMBER), points=many(many({"anyOf": [POSITIVE, POINT]}))))),
     decode=many(PLANE), prefill=many(PLANE), decode_scale=NUMBER, attention_scale=NUMBER, mixture_scale=NUMBER,
     prefill_scale=NUMBER, alone_scale=NUMBER, step_s=NUMBER,
-    request_s=NUMBER, gap_s=NUMBER, alone_gap_s=NUMBER, tile=INTEGER, start_s=NUMBER,
+    request_s=NUMBER, gap_s=NUMBER, alone_gap_s=NUMBER, tile=INTEGER, captured=many(INTEGER, 0), start_s=NUMBER,
     launch_s={"type": "object"}, launch_scale=NUMBER,
     host_step_s=NUMBER, host_request_s=NUMBER, loop_step_s=NUMBER, loop_request_s=NUMBER, most_tokens=INTEGER,
     most_requests=INTEGER, longest=INTEGER, residual=NUMBER, doubt=TEXT, steps=many({"type": "object"}),

@@ -10,7 +10,7 @@ import pytest
 
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
-from ridgeline.perf.card import Card, Grid, Line, load_card
+from ridgeline.perf.card import Card, Grid, Line, computed_rows, load_card
 
 CARD = Card(
     device="a device",
@@ -56,6 +56,21 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
     assert replace(CARD, ops_scale=2.0).device_s(mixed, 1) == pytest.approx(2 * parts - 0.012)
 
 
+def test_captured_prompts_take_a_whole_size_and_no_host() -> None:
+    """Only as long as a size holds them; decoding is as it was."""
+    bare = replace(CARD, dispatch_s=50.0)
+    card = replace(bare, captured=(10, 16))
+    prompt, long, decode = Spans((12,), (12,)), Spans((17,), (17,)), Spans((1, 1), (10, 100))
+    mixed = Spans((1, 8), (40, 24))
+    assert bare.device_s(prompt, 1) == 50
+    for spans, rows, requests in ((prompt, 16, 1), (mixed, 10, 2)):
+        parts = 0.01 + 0.001 * requests + card.body(rows) + card.head(1) + card.attention_s(spans)
+        assert card.device_s(spans, 1) == pytest.approx(parts)
+        assert computed_rows(spans, card.captured) == rows
+    assert card.device_s(long, 1) == bare.device_s(long, 1) == 50
+    assert card.device_s(decode, 2) == bare.device_s(decode, 2) < 50
+
+
 def test_what_was_measured_is_known() -> None:
     assert CARD.covers(Spans((1, 1), (10, 100)))
     assert not CARD.covers(Spans((1,) * 5, (10,) * 5))
@@ -76,6 +91,10 @@ def test_a_card_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "cards" / "card.json"
     CARD.save(path)
     assert load_card(path) == CARD
+    captured = replace(CARD, captured=(16, 32))
+    captured.save(path)
+    assert load_card(path) == captured
+    CARD.save(path)
     assert load_card(path).sha256 == CARD.sha256 != replace(CARD, step_s=0.02).sha256
 
 

@@ -126,6 +126,15 @@ def test_what_lies_around_ops(price: Price) -> None:
     assert found.device_s(decode, 2) - bare.device_s(decode, 2) == pytest.approx(0.4 + 0.01 * calls + 0.2)
     assert found.dispatch_s == pytest.approx(5 + 2 * (0.5 * (calls - norms) + 0.25 * norms))
     assert found.device_s(prompt, 1) == pytest.approx(found.dispatch_s)  # handed over op by op
+    captured = replace(card, captured=(16, 64))
+    replayed = captured.card(price, "small")
+    whole = 0.4 + 0.1 + 0.01 * calls + bare.body(16) + bare.head(1) + bare.attention_s(prompt)
+    assert replayed.device_s(prompt, 1) == pytest.approx(whole)
+    taking = {**card.ops, "take": (replace(card.ops["embed"][0], sizes=(64.0,)),)}
+    parts = [replace(one, ops=taking).parts(price, prompt) for one in (card, captured)]
+    assert parts[0][:2] == parts[1][:2]  # mixtures and attention
+    assert parts[0][2] < parts[1][2]
+    assert captured.parts(price, decode) == card.parts(price, decode)
     assert found.host_s(decode) == pytest.approx(0.2)
 
 

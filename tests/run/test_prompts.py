@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ridgeline.core.tree import TokenTree
 from ridgeline.engine.build import Built, build
 from ridgeline.kernels.select import Table
 from ridgeline.ops import Ops
+from ridgeline.run import graphs as graphs_module
 from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
 from ridgeline.run.places import PassSize, PromptStaging, prompt_layout, prompt_on_device
 from ridgeline.run.prompts import TOKENS as MOST_TOKENS
@@ -187,11 +189,62 @@ def test_a_padded_step_is_the_step(twins: tuple[Runner, Runner], params: dict[st
     assert scores(plain.run(StepPlan(9, tuple(chunk(int(n), 15, 2, **params) for n in names)))).keys() == set(names)
 
 
+class Recording:
+    """A graph that a CPU can have: replaying does the work again, which it counts."""
+
+    def __init__(self, work: Callable[[], None], told: list[str]) -> None:
+        self._work, self._told = work, told
+
+    def replay(self) -> None:
+        self._told.append("replayed")
+        self._work()
+
+
+def test_what_was_captured_is_replayed(
+    made: Runner, twins: tuple[Runner, Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sizes, the largest first, each run once before; from then on steps replay them, with inputs of their own."""
+    told: list[str] = []
+    monkeypatch.setattr(graphs_module, "captured", lambda work, pool: Recording(work, told))
+    for name in ("graph_pool_handle", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: SimpleNamespace(synchronize=lambda: None))
+    one, plain = with_prompts(made, 40), twins[0]
+    assert one.graphs is not None
+    assert one.prompts is not None
+    seen: list[tuple[int, int]] = []
+    one.graphs.capture()
+    one.prompts.capture(lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert not any(page.any() for page in (*one.pages.keys, *one.pages.values)), "captures write nowhere"
+    steps = [
+        ([chunk(0, 0, 13)], 1),  # tokens are chosen op by op
+        ([chunk(0, 13, 1), chunk(1, 0, 22)], 1),
+        ([chunk(0, 14, 1), chunk(1, 22, 1)], 2),  # decoding chooses them too
+        ([chunk(2, 0, 41)], 0),
+        ([chunk(0, 15, 2)], 1),
+    ]
+    for number, (chunks, replays) in enumerate(steps):
+        told.clear()
+        ours, theirs = (runner.run(StepPlan(number, tuple(chunks))) for runner in (one, plain))
+        assert scores(ours) == scores(theirs)
+        assert told == ["replayed"] * replays
+    one.close()
+    assert one.graphs is one.prompts is None
+
+
 def test_what_no_size_holds_runs_op_by_op(made: Runner) -> None:
     small = with_prompts(made, 16)
     results = [small.run(StepPlan(n, (chunk(n, 0, rows),))) for n, rows in enumerate((16, 17))]
     assert [one.padding for one in results] == [0, 0]
     assert small.run(StepPlan(3, (chunk(0, 16, 3),))).padding == 13
+
+
+def test_without_the_place_of_the_last_tokens_prompts_run_op_by_op(made: Runner) -> None:
+    one = with_prompts(made, 100)
+    one.graphs = None
+    assert one.run(StepPlan(1, (chunk(0, 0, 10),))).padding == 0
 
 
 def test_what_is_served(twins: tuple[Runner, Runner]) -> None:

@@ -152,6 +152,7 @@ def test_launches_of_every_op_are_on_the_card(monkeypatch: pytest.MonkeyPatch, t
     assert all(seconds > 0 for seconds in made.launch_s.values())
     assert made.start_s >= 0
     assert made.launch_scale >= 0
+    assert made.captured == ()
     spec = parse_config(read_config(tiny), "tiny")
     price = Price(build_model(spec, torch.device("meta"), torch.float32, 64), 64, torch.float32)
     prompt = Spans((8,), (8,))
@@ -231,6 +232,7 @@ def test_ops_that_do_not_add_up_are_told(card: MachineCard) -> None:
     prompt = replace(step, shape=calibrate_machine.Shape(((30, 30),)), start_s=3.9e-3)
     said = calibrate_machine._doubt(replace(good, residual=0.99), 1.0, prompt, 1e-3)
     assert said.endswith("1.000 predicted (the host paces it)")
+    assert not replace(prompt, captured=True).paced
 
 
 def test_ops_that_do_not_add_up_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

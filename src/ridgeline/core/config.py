@@ -44,7 +44,7 @@ class EngineConfig:
     enable_prefix_caching, enable_chunked_prefill, kv_cache: see docs; all on by default.
     scheduling_policy: fcfs, priority, static.
     load_format: auto, safetensors, or dummy (random weights made on the device).
-    enforce_eager: no CUDA graphs: decode steps run op by op as all others do.
+    enforce_eager: no CUDA graphs: decode steps and short prompts run op by op as all others do.
     async_scheduling: plan and dispatch a step before the one before it is read, so that the host works while
         the device does (None: on CUDA).
     seed: of requests without one (None: drawn from the system).

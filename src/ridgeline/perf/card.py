@@ -6,8 +6,9 @@ any model beyond the name on the card.
 A step is all ops but attention (by tokens), the head (by sampled rows), attention (decodes by requests and context;
 prefills by new tokens and those before them), all times ops_scale; and what lies around them: step_s + request_s a
 request on the device's side, host_step_s + host_request_s on the host's, and between two steps, in the loop of whoever
-drives the engine, loop_step_s + loop_request_s. Steps other than decoding, which a GPU is handed op by op, take no less
-than dispatch_s. Attention of decoding takes a request's keys by whole tiles.
+drives the engine, loop_step_s + loop_request_s. Attention of decoding takes a request's keys by whole tiles. Steps with
+prompts that are captured take all their size's rows through the ops; those that a GPU is handed op by op take no less
+than dispatch_s.
 """
 
 from __future__ import annotations
@@ -23,13 +24,20 @@ from typing import Any
 
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
+from ridgeline.run.prompts import padded
 
-VERSION = 5
+VERSION = 6
 
 
 def in_tiles(visible: int, tile: int) -> int:
     """Keys that a kernel goes through which takes them by so many at once; one that is not filled once is cut short."""
     return visible if visible <= tile else -(-visible // tile) * tile
+
+
+def computed_rows(spans: Spans, captured: Sequence[int]) -> int:
+    """Rows that a step takes through its ops; with prompts, those for nobody too if these numbers are captured."""
+    tokens = sum(spans.new)
+    return padded(tokens, captured) if tokens > len(spans.new) else tokens
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,10 @@ class Card:
     """Measured seconds of one model's steps on one device.
 
     decode: by requests and their mean context. prefill: of one request, by new tokens and tokens before them. longest:
-    most keys that a request may have had. tile: keys that decoding takes at once. made:
-    date; versions: of packages; clocks: as the device reported them. residual: 95th percentile of
-    |predicted / measured - 1| over steps that took no part in the fit: the error bar of a prediction.
+    most keys that a request may have had. tile: keys that decoding takes at once. captured: numbers of tokens, rising,
+    at which steps with prompts are captured. made: date; versions: of packages; clocks: as the device reported them.
+    residual: 95th percentile of |predicted / measured - 1| over steps that took no part in the fit: the error bar of a
+    prediction.
     """
 
     device: str
@@ -109,14 +118,17 @@ class Card:
     residual: float
     dispatch_s: float = 0.0
     tile: int = 1
+    captured: tuple[int, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     clocks: Mapping[str, Any] = field(default_factory=dict)
 
     def device_s(self, spans: Spans, rows: int) -> float:
         """Seconds from a step's dispatch to its results."""
-        ops_s = self.body(sum(spans.new)) + (self.head(rows) if rows else 0.0) + self.attention_s(spans)
+        tokens, computed = sum(spans.new), computed_rows(spans, self.captured)
+        ops_s = self.body(computed) + (self.head(rows) if rows else 0.0) + self.attention_s(spans)
         seconds = self.step_s + self.request_s * len(spans.new) + self.ops_scale * ops_s
-        return max(seconds, self.dispatch_s) if any(new > 1 for new in spans.new) else seconds
+        op_by_op = tokens > max(len(spans.new), *self.captured, 0)
+        return max(seconds, self.dispatch_s) if op_by_op else seconds
 
     def host_s(self, spans: Spans) -> float:
         """Seconds of scheduling and commit around it."""
@@ -192,6 +204,7 @@ def load_card(path: Path) -> Card:
         grid = values[name]
         shape = tuple(grid["rows"]), tuple(grid["columns"])
         values[name] = Grid(*shape, tuple(map(tuple, grid["values"])), grid["power"])
+    values["captured"] = tuple(values["captured"])
     return Card(**values)
 
 

@@ -28,12 +28,12 @@ from ridgeline.core.cost import Cost
 from ridgeline.core.errors import InvalidArgument
 from ridgeline.core.step import Spans
 from ridgeline.ops import Op, Ops
-from ridgeline.perf.card import Card, Grid, Line, in_tiles, load_card
+from ridgeline.perf.card import Card, Grid, Line, computed_rows, in_tiles, load_card
 from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
 
 MACHINE = "machine"
-VERSION = 3
+VERSION = 4
 NEAREST = 3.0
 """Known sizes count by one over their distance (of logarithms) to this power."""
 FAR = 0.5
@@ -111,9 +111,9 @@ class MachineCard:
     read_bytes_per_s, matrix_flops: sustained rates that floors are counted by. reads: (bytes, bytes/s), read rate by
     working set. ops: by name. decode, prefill: attention. mixture_scale, attention_scale, decode_scale (all other ops),
     alone_scale (these in a step of one token): what ops take in decode steps as the engine runs them, as a share of
-    their times in a row of their like; prefill_scale: the same of all ops in prompts. tile: as on a Card. step_s,
-    request_s, gap_s, alone_gap_s: around ops, on the device: of a step, of a request, and between two calls, of many
-    tokens and of one; calls that begin under the end of the one before have less than none. start_s, launch_s,
+    their times in a row of their like; prefill_scale: the same of all ops in prompts. tile, captured: as on a Card.
+    step_s, request_s, gap_s, alone_gap_s: around ops, on the device: of a step, of a request, and between two calls, of
+    many tokens and of one; calls that begin under the end of the one before have less than none. start_s, launch_s,
     launch_scale: of the host, to hand a step to the device op by op: once, a call of each op in a row of its like, and
     what it takes in a step as a multiple of that. most_tokens, most_requests, longest: how far the points go. residual:
     as on a Card. steps: of the made-up models, as measured and as the card has them. doubt: why not to trust it, if
@@ -139,6 +139,7 @@ class MachineCard:
     gap_s: float = 0.0
     alone_gap_s: float = 0.0
     tile: int = 1
+    captured: tuple[int, ...] = ()
     start_s: float = 0.0
     launch_s: Mapping[str, float] = field(default_factory=dict)
     launch_scale: float = 1.0
@@ -255,6 +256,7 @@ class MachineCard:
             residual=self.residual,
             dispatch_s=self.start_s + self.launch_scale * self.launches_s(price) if self.launch_s else 0.0,
             tile=self.tile,
+            captured=self.captured,
             versions=self.versions,
             clocks=self.clocks,
         )
@@ -274,9 +276,8 @@ class MachineCard:
 
     def parts(self, price: Price, spans: Spans) -> tuple[float, float, float]:
         """Seconds in rows of their like, of a step's mixtures, its attention and all other ops. Requests are alike."""
-        tokens = sum(spans.new)
-        watch = self._dense(price, tokens, len(spans.new))
-        if tokens == len(spans.new):
+        watch = self._dense(price, computed_rows(spans, self.captured), len(spans.new))
+        if sum(spans.new) == len(spans.new):
             spans = replace(spans, visible=tuple(in_tiles(one, self.tile) for one in spans.visible))
         return watch.mixture_s, self.attention_s(price, spans), watch.seconds - watch.mixture_s
 
@@ -529,5 +530,5 @@ def _read(values: dict[str, Any], origin: str) -> MachineCard:
             )
             for one in values[name]
         )
-    values["steps"] = tuple(values["steps"])
+    values["steps"], values["captured"] = tuple(values["steps"]), tuple(values["captured"])
     return MachineCard(**values)

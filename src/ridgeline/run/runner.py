@@ -133,8 +133,8 @@ class Step:
 class Runner:
     """A model on a device with its KV pages and its table of kernels.
 
-    graphs: serve the decode steps that they can, prompts (beside graphs) those with prompts, passes the steps with
-    trees; None: these run op by op.
+    graphs: serve the decode steps that they can, passes the steps with trees, prompts those with prompts (only beside
+    graphs, where they find the tokens of the step before); None: these run op by op.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Runner:
             self._replay(plan, step, self.graphs)
         elif ops is None and self.passes is not None and plan.kind == "tree" and self.passes.serves(plan.chunks):
             self._replay_trees(plan, step, self.passes)
-        elif ops is None and self.prompts is not None and self.prompts.serves(plan.chunks):
+        elif ops is None and self.graphs is not None and self.prompts is not None and self.prompts.serves(plan.chunks):
             self._replay_prompts(plan, step, self.prompts)
         else:
             self._compute(plan, step, ops or self.table.ops(plan.kind))

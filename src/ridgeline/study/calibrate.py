@@ -93,10 +93,16 @@ def calibrate(built: Built, progress: Callable[[int, int], None] | None = None, 
         loop_step_s=0.0,
         loop_request_s=0.0,
         residual=0.0,
+        captured=captured_tokens(built),
         versions=versions(),
         clocks=told,
     )
     return _anchored(card, built)
+
+
+def captured_tokens(built: Built) -> tuple[int, ...]:
+    """Numbers of tokens at which an engine captures steps with prompts."""
+    return () if built.runner.prompts is None else built.runner.prompts.tokens
 
 
 def quiet(bench: StepBench, before: Mapping[str, str], allow_busy: bool) -> dict[str, Any]:

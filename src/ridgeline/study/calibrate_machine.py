@@ -40,7 +40,7 @@ from ridgeline.perf.machine_card import Curve, MachineCard, Plane, Point, Sizes,
 from ridgeline.perf.price import Price
 from ridgeline.perf.roofline import Roofline
 from ridgeline.run.runner import Step
-from ridgeline.study.calibrate import around, quiet
+from ridgeline.study.calibrate import around, captured_tokens, quiet
 from ridgeline.study.step_bench import Shape, StepBench, versions
 from ridgeline.study.timing import GraphPool, Works, clocks, forget, on_cuda, on_host
 
@@ -241,6 +241,7 @@ def calibrate_machine(
         ops={op: _curves(by) for op, by in found.ops.items()},
         decode=tuple(found.decode),
         prefill=tuple(found.prefill),
+        captured=found.captured,
         most_tokens=max(points.tokens),
         most_requests=max(points.batches),
         longest=points.longest,
@@ -316,16 +317,19 @@ def fill(built: Built) -> None:
 @dataclass
 class _Found:
     """What was measured so far. prices: of the made-up models. around: `calibrate.around` of each. took: seconds that
-    each model took. eager: ops of prompts that no graph would hold, and why. hands_over: whether the device runs behind
-    the host. launches: of each model, seconds of the host to launch a call, by op."""
+    each model took. eager: ops of prompts that no graph would hold, and why. captured: as on a Card. hands_over:
+    whether the device runs behind the host; then, of each model, launches: seconds of the host to launch a call, by op,
+    and starts: to hand over a prompt op by op."""
 
     ops: dict[str, dict[Sizes, dict[float, Point]]] = field(default_factory=dict)
     decode: list[Plane] = field(default_factory=list)
     prefill: list[Plane] = field(default_factory=list)
     steps: list[_Step] = field(default_factory=list)
     prices: dict[str, Price] = field(default_factory=dict)
+    captured: tuple[int, ...] = ()
     hands_over: bool = False
     launches: dict[str, dict[str, float]] = field(default_factory=dict)
+    starts: dict[str, float] = field(default_factory=dict)
     around: list[tuple[float, float, float, float]] = field(default_factory=list)
     took: dict[str, float] = field(default_factory=dict)
     eager: dict[str, str] = field(default_factory=dict)
@@ -333,13 +337,15 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step as the engine ran it. start_s: what a quiet host needed to hand it over. calls: of ops."""
+    """A step as the engine ran it. start_s: what a quiet host needed to hand it over. calls: of ops. captured: whether
+    it was replayed."""
 
     model: str
     shape: Shape
     seconds: float
     start_s: float
     calls: int
+    captured: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -347,8 +353,8 @@ class _Step:
 
     @property
     def paced(self) -> bool:
-        """Whether the host may have paced it, which hands over a prompt op by op."""
-        return not self.decodes and self.seconds <= SURELY * self.start_s
+        """Whether the host may have paced it, which hands over long prompts op by op."""
+        return not self.decodes and not self.captured and self.seconds <= SURELY * self.start_s
 
 
 class _Calls:
@@ -545,19 +551,35 @@ def _steps(bench: StepBench, points: Points, found: _Found, name: str) -> None:
     bench.built.price.trace(Spans((1,), (1,)), 1, True, Ops({}, seen))
     calls = len(seen.calls)
     found.prices[name] = bench.built.price
-    found.hands_over = hands_over(bench.device)
+    found.hands_over, found.captured = hands_over(bench.device), captured_tokens(bench.built)
     fill(bench.built)  # prompts have left their keys and values behind
     shapes = [Shape(((1, context),) * count) for count, context in points.decodes]
     shapes += [Shape(((new, new + before),)) for new, before in points.prompts]
     rows = [launches(bench)] if found.hands_over else []
+    starts = [handing_over(bench)] if found.hands_over else []
+    most_captured = max(found.captured, default=0)
     for shape in shapes:
         if shape.tokens <= bench.most_tokens and max(visible for _, visible in shape.spans) <= bench.longest:
             seconds, start_s = step_seconds(bench, shape)
-            found.steps.append(_Step(name, shape, seconds, start_s, calls))
+            replayed = not shape.decodes and shape.tokens <= most_captured
+            found.steps.append(_Step(name, shape, seconds, start_s, calls, replayed))
+            if not shape.decodes and not replayed:
+                starts.append(start_s)
     if found.hands_over:
         rows.append(launches(bench))
         found.launches[name] = {op: min(one[op] for one in rows) for op in rows[0]}
+        found.starts[name] = min(*starts, handing_over(bench))
     found.around.append(around(bench.built))
+
+
+def handing_over(bench: StepBench) -> float:
+    """Seconds of a quiet host to hand over a short prompt op by op, whether or not the engine would replay it."""
+    runner = bench.built.runner
+    kept, runner.prompts = runner.prompts, None
+    try:
+        return step_seconds(bench, Shape(bench.cut(PROMPT_TOKENS)))[1]
+    finally:
+        runner.prompts = kept
 
 
 def step_seconds(bench: StepBench, shape: Shape, repeats: int = 7) -> tuple[float, float]:
@@ -588,7 +610,7 @@ def _anchored(card: MachineCard, found: _Found) -> MachineCard:
     card = _with_decoding(card, found, decodes[::2])
     parts = {one: card.parts(found.prices[one.model], one.shape.as_spans()) for one in found.steps}
     if found.hands_over:
-        card = _with_handing_over(card, found, prompts)
+        card = _with_handing_over(card, found)
     shares = [
         (one.seconds - card.step_s - card.gap_s * one.calls) / sum(parts[one])
         for one in prompts[::2]
@@ -668,7 +690,7 @@ def _with_decoding(card: MachineCard, found: _Found, fit: Sequence[_Step]) -> Ma
     return best
 
 
-def _with_handing_over(card: MachineCard, found: _Found, prompts: Sequence[_Step]) -> MachineCard:
+def _with_handing_over(card: MachineCard, found: _Found) -> MachineCard:
     """The card with what a quiet host takes to hand a step to the device op by op.
 
     It takes as long whatever the prompt's length, so the least of a model's prompts counts; and it is held against rows
@@ -677,8 +699,7 @@ def _with_handing_over(card: MachineCard, found: _Found, prompts: Sequence[_Step
     """
     points = []
     for name, rows in found.launches.items():
-        least = min(one.start_s for one in prompts if one.model == name)
-        points.append((replace(card, launch_s=rows).launches_s(found.prices[name]), least))
+        points.append((replace(card, launch_s=rows).launches_s(found.prices[name]), found.starts[name]))
     start_s, launch_scale = lower_line(points, LOWEST)
     ops = {op for rows in found.launches.values() for op in rows}
     quiet_s = {op: min(rows[op] for rows in found.launches.values() if op in rows) for op in sorted(ops)}

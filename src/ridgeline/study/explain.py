@@ -399,7 +399,8 @@ def _padding_s(
     lost = 0.0
     for record in records:
         tokens = sum(new for new, _ in record.spans)
-        whole = seconds.dense(tokens + record.padding, record.rows + record.padding)
+        chosen = record.padding if record.kind in ("decode", "tree") else 0  # of prompts, the sampled rows alone
+        whole = seconds.dense(tokens + record.padding, record.rows + chosen)
         lost += max(whole - seconds.dense(tokens, record.rows), 0.0)
     return lost / len(records)
 

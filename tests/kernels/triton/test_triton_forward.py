@@ -19,7 +19,7 @@ from ridgeline.kv.layout import KVLayout
 from ridgeline.kv.pages import Pages
 from ridgeline.models import build_model, parse_config
 from ridgeline.ops import REGISTRY, Ops
-from ridgeline.run.graphs import PassGraphs
+from ridgeline.run.graphs import DecodeGraphs, PassGraphs
 from ridgeline.run.places import PassSize
 from ridgeline.run.prompts import PromptGraphs
 from ridgeline.run.runner import Runner
@@ -83,14 +83,15 @@ def test_steps_agree_with_the_references(config: dict[str, object]) -> None:
     model.store.fill_random(1)
     kernels = Ops(chosen("call"))
     ours, padded, theirs = (runner(model, ops) for ops in (kernels, kernels, Ops({})))
-    padded.prompts = PromptGraphs(
-        model, padded.pages, kernels, padded.device, BLOCK, [PassSize(40, 3)], 3, torch.zeros(3, dtype=torch.int64)
-    )
+    places: tuple[Any, ...] = (model, padded.pages, kernels, padded.device, BLOCK)
+    padded.graphs = DecodeGraphs(*places, (1, 3), 3)
+    padded.prompts = PromptGraphs(*places, [PassSize(40, 3)], 3, padded.graphs.sampled)
     for number, chunks in enumerate(STEPS):
         got, *others = (one.run(StepPlan(number, chunks)) for one in (theirs, ours, padded))
         for other in others:
             assert tokens(other) == tokens(got)
-        assert [one.padding for one in others] == [0, 40 - sum(chunk.new for chunk in chunks)]
+        rows = sum(chunk.new for chunk in chunks)
+        assert [one.padding for one in others] == [0, (3 if rows == len(chunks) else 40) - rows]
     for one in (ours, padded):
         for mine, reference in zip(one.pages.keys + one.pages.values, theirs.pages.keys + theirs.pages.values):
             torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
