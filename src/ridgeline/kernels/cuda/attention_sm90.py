@@ -109,7 +109,7 @@ class Sections(NamedTuple):
     causal_mb: int = 32
 
 
-SECTIONS = dict.fromkeys((64, 96, 128, 192, 256), Sections())
+SECTIONS = {64: Sections(), 96: Sections(), 128: Sections(8), 192: Sections(), 256: Sections(8)}
 
 SHORT_ROWS = {64: 1024, 96: 2048, 128: 2048, 192: 2048, 256: 2048}
 
