@@ -16,7 +16,7 @@ from ridgeline.core.step import Chunk, Sampling, StepPlan
 from ridgeline.engine.build import build
 from ridgeline.kernels.select import Table
 from ridgeline.ops import Ops
-from ridgeline.run.beams import DEEPEST, Beams, Levels, beam_of
+from ridgeline.run.beams import DEEPEST, LATE, LOOKS, Beams, Levels, beam_of
 from ridgeline.run.graphs import PassGraphs, pass_sizes_up_to
 from ridgeline.run.prepare import prepare
 from ridgeline.run.runner import Runner
@@ -26,6 +26,9 @@ TOKENS = [3 + (place * 17) % 250 for place in range(80)]
 BLOCK, BLOCKS, CHILDREN = 16, 7, 4
 EDGES = (0.002, 0.004, 0.008)
 ODDS = [[0.3 + 0.1 * kind - 0.07 * rank for kind in range(len(EDGES) + 1)] for rank in range(CHILDREN)]
+
+LOW = [[0.3 * one for one in ranks] for ranks in ODDS]
+"""Chances of which each level has less than the one before."""
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,46 @@ def test_the_deepest_draft_stays_within_its_slots(drafter: DraftModel) -> None:
     for page, old in zip((*drafter.pages.keys, *drafter.pages.values), before):
         assert torch.equal(page[0], old[0])
         assert torch.equal(page[1 + last :], old[1 + last :])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_unlikely_draft_ends_early(drafter: DraftModel, count: int) -> None:
+    """Whatever rows a level computes, all of whose chances together fall below a line, is seen two levels late; what
+    came before is as it would have been."""
+    widths = (4,) * DEEPEST
+    params = SamplingParams(temperature=0.0)
+    whole = drafter.levels(growing(count, params), widths, LOW)
+    assert whole is not None
+    assert len(whole[0].tokens) == DEEPEST
+    beam = drafter.beams.beam(count) if drafter.beams is not None else 0
+    likely = [sum(values) for values in zip(*(chances_of(one, beam) for one in whole))]
+    assert likely == sorted(likely, reverse=True)
+    assert likely[-1] > 0
+    for least in (likely[0] * 2, *((likely[at] + likely[at + 2]) / 2 for at in (2, 4, 6)), likely[-1] / 2):
+        expected = DEEPEST
+        for level in range(LOOKS, DEEPEST - LATE, LOOKS):
+            if likely[level] < least:
+                expected = level + LATE
+                break
+        found = drafter.levels(growing(count, params), widths, LOW, least=least)
+        assert found is not None
+        for one, other in zip(found, whole):
+            assert len(one.tokens) == len(one.chances) == len(one.chosen) == expected
+            assert (one.tokens, one.chosen) == (other.tokens[:expected], other.chosen[:expected])
+
+
+def chances_of(found: Levels, beam: int) -> list[float]:
+    """By level, what the chances of the rows come to that it chose."""
+    above, sums = [1.0], []
+    for chances, chosen in zip(found.chances, found.chosen):
+        scores = [
+            one * LOW[rank][bisect_right(EDGES, chance)]
+            for one, row in zip(above, chances)
+            for rank, chance in enumerate(row)
+        ]
+        above = [scores[place] if place >= 0 else 0.0 for place in chosen]
+        sums.append(sum(above))
+    return sums
 
 
 def test_what_it_leaves_to_others(drafter: DraftModel) -> None:

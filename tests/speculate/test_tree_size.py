@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ridgeline.speculate.tree_size import Shape, choose_sizes, likeliest
+from ridgeline.speculate.acceptance import Acceptance
+from ridgeline.speculate.tree_size import COARSE, Shape, choose_sizes, least_worth, likeliest
 
 CHANCES = st.lists(st.lists(st.floats(0.01, 0.9), min_size=2, max_size=2), min_size=3, max_size=3)
 """By depth and rank."""
@@ -91,3 +92,61 @@ def test_a_step_has_room_for_so_many_rows() -> None:
     sizes = choose_sizes(10, 0, shape, 6, lambda rows: 1.0, lambda rows: 0.0, most_rows=50)
     assert 10 * (1 + sizes.nodes) <= 50
     assert sizes.nodes == 4
+
+
+def test_chances_that_promised_too_much_are_trusted_less() -> None:
+    shape = shape_of([[0.7, 0.15]] * 6, 64)
+    whole = choose_sizes(1, 0, shape, 6, lambda rows: 1.0 + 0.01 * rows, lambda rows: 0.05)
+    half = choose_sizes(1, 0, shape, 6, lambda rows: 1.0 + 0.01 * rows, lambda rows: 0.05, trust=0.5)
+    none = choose_sizes(1, 0, shape, 6, lambda rows: 1.0 + 0.01 * rows, lambda rows: 0.05, trust=0.01)
+    assert whole.tokens_per_s > half.tokens_per_s > half.plain_per_s
+    assert half.nodes < whole.nodes
+    assert none.depth == 0
+    seconds = 1.0 + 0.01 * (1 + half.nodes) + 0.05 * half.depth
+    assert half.tokens_per_s == pytest.approx((1 + 0.5 * half.accepted) / seconds, rel=0.02)
+
+
+def test_trust_follows_what_came() -> None:
+    acceptance = Acceptance()
+    assert acceptance.trust == 1.0
+    for _ in range(400):
+        acceptance.compare(4.0, 1)
+    assert acceptance.trust == pytest.approx(0.25, abs=0.01)
+    for _ in range(400):
+        acceptance.compare(4.0, 4)
+    assert acceptance.trust == pytest.approx(1.0, abs=0.01)
+
+
+@given(
+    st.lists(st.floats(0.001, 0.9), max_size=40),
+    st.integers(1, 20),
+    st.lists(st.floats(0.0, 0.2), min_size=8, max_size=8),
+    st.floats(0.1, 3.0),
+)
+def test_nodes_that_are_worth_their_rows(
+    scores: list[float], rows: int, rises: list[float], tokens_per_s: float
+) -> None:
+    """No number of the likeliest is worth more, but for how finely numbers are tried; prices rise in jumps."""
+
+    def target(count: int) -> float:
+        return 1.0 + sum(rises[: count // 8])
+
+    ordered = sorted(scores, reverse=True)
+
+    def worth(count: int) -> float:
+        return sum(ordered[:count]) - tokens_per_s * (target(rows + count) - target(rows))
+
+    least = least_worth(scores, rows, target, tokens_per_s)
+    kept = [one for one in ordered if one >= least]
+    tried, count = [0], 0
+    while count < len(scores):
+        count = min(len(scores), count + max(1, (rows + count) // COARSE))
+        tried.append(count)
+    equals = len(kept) - ordered.index(least) - 1 if kept else 0  # of the same chance as the last one
+    assert worth(len(kept) - equals if equals else len(kept)) <= max(map(worth, tried)) + 1e-9
+    assert max(worth(len(kept) - more) for more in range(equals + 1)) >= max(map(worth, tried)) - 1e-9
+
+
+def test_nothing_drafted_is_worth_nothing() -> None:
+    assert least_worth([], 3, float, 1.0) > 1
+    assert least_worth([0.5], 3, lambda rows: 1.0 * rows, 1.0) > 1

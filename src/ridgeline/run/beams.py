@@ -3,7 +3,9 @@
 Knows how a draft model runs on inputs at fixed places, and how to capture it. It must not know who decides on trees.
 A draft begins with an ordinary pass (run/graphs.py), whose rows catch up with the text and propose the first level.
 Each level behind it is one replay: the beam's rows are computed, children are proposed behind them, and `branch`
-chooses among those the rows of the next level. The host reads the proposals of all levels at the end, once.
+chooses among those the rows of the next level. The host reads the proposals of all levels at the end, once. Before
+that it looks only at how likely the rows of every other level are, two levels late, so that the device never waits for
+it: a draft that has become unlikely ends there.
 
 A beam's nodes lie in the slots behind the request's tokens, level by level, and a row's mask names its ancestors among
 them; so no node is computed twice, and what lies there is overwritten by the next draft.
@@ -38,6 +40,9 @@ ROWS = 64
 
 WIDEST = 8
 """Rows of one request."""
+
+LOOKS, LATE = 2, 2
+"""Every so many levels the host looks at a draft, so many levels after the device has done one."""
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -122,6 +127,9 @@ class Beams:
         cells = DEEPEST * max(one * beam_of(one) for one in counts) * (2 * self.children + 1)
         self._record = torch.zeros(cells, dtype=torch.int32, device=device)
         self._told = torch.zeros(cells, dtype=torch.int32, pin_memory=pinned)
+        likely = max(one * beam_of(one) for one in counts)
+        self._likely = torch.zeros(DEEPEST, likely, dtype=torch.float32, pin_memory=pinned)
+        self._looks = [torch.cuda.Event() for _ in range(DEEPEST)] if pinned else []
         self._sizes = {one: self._sized(one) for one in counts}
         self.sizes = tuple(counts)
 
@@ -206,9 +214,17 @@ class Beams:
 
     @torch.inference_mode()
     def draft(
-        self, begun: Sequence[Begun], passed: Passed, widths: Sequence[int], odds: Any, among: int = 0
+        self,
+        begun: Sequence[Begun],
+        passed: Passed,
+        widths: Sequence[int],
+        odds: Any,
+        among: int = 0,
+        least: float = 0.0,
     ) -> list[Levels]:
-        """As many levels as `widths` has entries, which say how many children count behind each row of a level.
+        """As many levels as `widths` has entries, which say how many children count behind each row of a level, or
+        fewer: none more is begun once the chances of the rows that it would compute, those of all requests together,
+        are seen to be below `least`.
 
         begun: requests whose first pass is `passed`; it must have proposed. odds: [children, classes], the chance that
         a child of a rank and a class of probability is accepted. among: as many rows as each of so many requests
@@ -219,15 +235,35 @@ class Beams:
         one = self._sizes[self._count(max(len(begun), among))]
         self._write(one, begun, widths, odds)
         self._memory[: one.nbytes].copy_(self._host[: one.nbytes], non_blocking=True)
-        for number in range(len(widths)):
+        levels = len(widths)
+        for number in range(levels):
+            looks = least > 0 and number >= LOOKS and number % LOOKS == 0
+            if looks and number >= LOOKS + LATE and self._seen(one, number - LATE) < least:
+                levels = number
+                break
             work, graph = (self._go_on, one.level) if number else (self._begin, one.first)
             run(graph, work, one)
-        taken = len(widths) * one.requests * one.beam * (2 * self.children + 1)
+            if looks and number + LATE < levels:
+                self._look(one, number)
+        taken = levels * one.requests * one.beam * (2 * self.children + 1)
         told = self._told[:taken]
         told.copy_(self._record[:taken], non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        return self._read(one, told.numpy(), len(begun), len(widths))
+        return self._read(one, told.numpy(), len(begun), levels)
+
+    def _look(self, one: _Beam, number: int) -> None:
+        """Ask how likely the rows are that a level has chosen."""
+        above = one.fields["above"]
+        self._likely[number, : above.numel()].copy_(above.view(-1), non_blocking=True)
+        if self._looks:
+            self._looks[number].record(torch.cuda.current_stream(self.device))
+
+    def _seen(self, one: _Beam, number: int) -> float:
+        """The answer, awaited: of all requests together."""
+        if self._looks:
+            self._looks[number].synchronize()
+        return float(self._likely[number, : one.requests * one.beam].sum())
 
     def _read(self, one: _Beam, told: np.ndarray, requests: int, levels: int) -> list[Levels]:
         children = self.children

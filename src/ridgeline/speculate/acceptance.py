@@ -3,6 +3,9 @@
 Knows counts. It must not know models. Two views of the same trials, a trial being a node whose parent was accepted:
 by depth and rank among its siblings, for choosing sizes before anything is drafted; and by rank and the drafter's
 own probability, for choosing among nodes that are drafted.
+
+The first view is too hopeful: unlikely nodes are left out of trees, so the trials of a depth are those of contexts that
+promised much. What whole trees were said to bring is therefore held against what they have brought (trust).
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ FADING = 0.998
 """Older trials count for less: the text changes."""
 
 PRIOR_TRIALS = 4.0
+TRUST_FADING, PRIOR_NODES = 0.98, 10.0
+"""Trust is of the last fifty trees or so; it begins as if so many nodes had come as they were said to."""
 
 
 class Acceptance:
     """Chances from counts, with a prior that soon gives way.
 
     by_depth(depth, rank): of a node at this depth (from 1) and rank (from 0) under an accepted parent.
-    of(rank, q): of a node to which its drafter gave probability q.
+    of(rank, q): of a node to which its drafter gave probability q. trust: how many nodes have been accepted for each
+    that chances by depth said would be.
     """
 
     def __init__(self) -> None:
@@ -41,6 +47,17 @@ class Acceptance:
             ]
             for rank in range(RANKS)
         ]
+
+        self._said = self._came = PRIOR_NODES
+
+    @property
+    def trust(self) -> float:
+        return self._came / self._said
+
+    def compare(self, said: float, came: int) -> None:
+        """Of a tree so many nodes were said to be accepted, and so many were."""
+        self._said = TRUST_FADING * self._said + said
+        self._came = TRUST_FADING * self._came + came
 
     def by_depth(self, depth: int, rank: int) -> float:
         hits, trials = self._depths[min(depth, DEEPEST) - 1][min(rank, RANKS - 1)]

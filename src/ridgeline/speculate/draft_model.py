@@ -161,13 +161,13 @@ class DraftModel:
         return not adjusts(Sampling(request.params, request.seed, 0, [], request.prompt_len))
 
     def levels(
-        self, growths: Sequence[Growth], widths: Sequence[int], odds: Any, among: int = 0
+        self, growths: Sequence[Growth], widths: Sequence[int], odds: Any, among: int = 0, least: float = 0.0
     ) -> list[Levels] | None:
         """All levels of these drafts with one wait for the device, the first pass included: in each, `widths[level]`
         children count behind each row of a request's beam. None if that cannot be done here.
 
         growths: as they begin, each with Beams.slots behind its tokens, reckoned for `among` requests if that is more.
-        odds: see Beams.draft.
+        odds, least: see Beams.draft.
         """
         graphs, beams = self.graphs, self.beams
         if graphs is None or beams is None or not beams.serves(max(len(growths), among)):
@@ -186,10 +186,11 @@ class DraftModel:
         for growth, chunk, sampling in zip(growths, chunks, settings):
             first += chunk.new
             begun.append(Begun(len(growth.request.tokens), growth.blocks, first - 1, sampling))
-        self.passes += len(widths)
         self.last_rows = first
         passed = graphs.launch(chunks, [(one.row, one.sampling) for one in begun])
-        return beams.draft(begun, passed, widths, odds, among)
+        levels = beams.draft(begun, passed, widths, odds, among, least)
+        self.passes += len(levels[0].tokens)
+        return levels
 
     def _chunk(self, growth: Growth) -> tuple[Chunk, list[int]]:
         """The rows that a growth's next pass computes, and which of them are asked for."""

@@ -23,7 +23,7 @@ from ridgeline.speculate.acceptance import DEEPEST, EDGES, RANKS, Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
 from ridgeline.speculate.ngram import SuffixIndex
 from ridgeline.speculate.seconds import OUTLIER, Seconds
-from ridgeline.speculate.tree_size import Shape, Sizes, choose_sizes
+from ridgeline.speculate.tree_size import Shape, Sizes, choose_sizes, least_worth
 
 Room = Callable[[Request, int, int], int]
 """(request, nodes wanted, slots that drafting takes) -> nodes granted, as many slots reserved as there are."""
@@ -33,6 +33,9 @@ WIDTH = 4
 
 CONSIDERED = 64
 """Nodes of a request's tree, when the sizer decides."""
+
+HOPELESS = 0.25
+"""Drafted nodes below such a part of the chance that the sizer counts with are not looked at again."""
 
 ROOM = 2
 """A request may have so many times the nodes that the sizer counts with, unless rows become dearer there: what is
@@ -68,6 +71,10 @@ class _Drafted:
     sources: list[int]
     draws: Draws | None = None
     cut: Cut = field(default_factory=dict)
+
+
+_Sketched = tuple[Sketch, Mapping[int, tuple[int, float, int]]]
+"""Drafted nodes, and what is to be noted of each: rank, the drafter's probability, source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +193,8 @@ class Speculator:
         self._chosen: dict[tuple[int, int], Sizes] = {}
         self._stale_at = 0
         self._without = 0
+        self._rows = 0
+        """Known tokens of the step that is drafted for."""
         self.last_draft_s = 0.0
         """What drafting for the last step took."""
 
@@ -219,6 +228,7 @@ class Speculator:
         """
         began = self._clock()
         self._drafted = {}
+        self._rows = sum(new for _, new in chosen)
         self.sizes = None
         candidates = []
         for request, new in chosen:
@@ -227,7 +237,7 @@ class Speculator:
                 if depth > 0:
                     candidates.append((request, depth))
         if candidates:
-            sizes = self.sizes = self._sizes(len(candidates), sum(new for _, new in chosen) - len(candidates))
+            sizes = self.sizes = self._sizes(len(candidates), self._rows - len(candidates))
             if sizes.depth:
                 self._without = 0
                 shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
@@ -275,7 +285,7 @@ class Speculator:
             return Sizes(depth, asked.nodes, 0.0, 0.0, 0.0, 0.0)
         sizes = self._choose(requests, others)
         if sizes.depth == 0 and self._without >= PROBE_STEPS:
-            return replace(sizes, depth=1, nodes=1)
+            return replace(sizes, depth=1, nodes=1, accepted=self.acceptance.by_depth(1, 0))
         return sizes
 
     def _choose(self, requests: int, others: int) -> Sizes:
@@ -299,6 +309,7 @@ class Speculator:
                 most_rows=self.most_rows,
                 plain=self.plain_seconds,
                 level_s=self._level_s(requests),
+                trust=self.acceptance.trust,
             )
         return found
 
@@ -417,12 +428,15 @@ class Speculator:
             )
             for one in growing
         ]
-        found = model.levels(growths, levels, odds, growing[0].among)
+        least = len(growing) * sizes.least_levels if self.sized else 0.0
+        found = model.levels(growths, levels, odds, growing[0].among, least)
         if found is None:
             return None
-        drafted = [self._from_levels(one, grown, levels, odds, source, sizes) for one, grown in zip(found, growing)]
+        sketched = [self._from_levels(one, grown, levels, odds, source, sizes) for one, grown in zip(found, growing)]
+        drafted = self._kept(sketched, growing)
         if self.level_seconds is not None:
-            expected = self.draft_seconds(len(growing)) + (len(levels) - 1) * self.level_seconds(len(growing))
+            more = len(found[0].tokens) - 1
+            expected = self.draft_seconds(len(growing)) + more * self.level_seconds(len(growing))
             took = len(self.models) * (self._clock() - began)
             off = min(took / expected, OUTLIER) - 1.0 if expected > 0 else 0.0
             self.draft_seconds.drift(off)
@@ -437,14 +451,15 @@ class Speculator:
         odds: Sequence[Sequence[float]],
         source: int,
         sizes: Sizes,
-    ) -> _Drafted | None:
-        """The best nodes of what the levels hold, as a tree."""
+    ) -> _Sketched:
+        """What the levels hold, without what is hopeless."""
         sketch, noted = Sketch(), {}
-        least = sizes.least_chance if self.sized else 0.0
-        skipped = 0.0 if self.listeners else least  # whoever explains wants to see what was left out
+        skipped = (
+            0.0 if self.listeners or not self.sized else HOPELESS * sizes.least_chance
+        )  # whoever explains shows all
         children = len(found.tokens[0][0])
         rows: list[int | None] = [ROOT]
-        for level, width in enumerate(widths[: grown.depth]):
+        for level, width in enumerate(widths[: min(grown.depth, len(found.tokens))]):
             made: dict[int, int] = {}
             for row, parent in enumerate(rows):
                 if parent is None:
@@ -458,8 +473,19 @@ class Speculator:
                         node = made[row * children + rank] = sketch.add(token, parent, score)
                         noted[node] = rank, chance, source
             rows = [made.get(place) for place in found.chosen[level]]
-        kept = [node for node in sketch.best(grown.nodes) if sketch.scores[node] >= least]
-        return _arranged(sketch, kept, noted, bool(self.listeners))
+        return sketch, noted
+
+    def _kept(self, sketched: Sequence[_Sketched], growing: Sequence[_Growing]) -> list[_Drafted | None]:
+        """The best nodes of each sketch as a tree; where the sizer decides, those that are worth their rows."""
+        best = [sketch.best(grown.nodes) for (sketch, _), grown in zip(sketched, growing)]
+        if self.sized and self.sizes is not None and best:
+            scores = [sketch.scores[node] for (sketch, _), nodes in zip(sketched, best) for node in nodes]
+            least = least_worth(scores, self._rows, self.seconds, self.sizes.tokens_per_s)
+            best = [
+                [node for node in nodes if sketch.scores[node] >= least] for (sketch, _), nodes in zip(sketched, best)
+            ]
+        explained = bool(self.listeners)
+        return [_arranged(sketch, nodes, noted, explained) for (sketch, noted), nodes in zip(sketched, best)]
 
     def _by_passes(
         self,
@@ -502,19 +528,16 @@ class Speculator:
             active = [place for place in active if growths[place].at]
             if level > 1:  # the first also catches up, which is no price of a pass
                 self.draft_seconds.learn(model.last_rows, len(self.models) * (self._clock() - began))
-        result: list[_Drafted | None] = []
-        for place, (grown, growth, noted) in enumerate(zip(growing, growths, notes)):
-            request, sketch = grown.request, growth.sketch
-            if place in drawn:  # whoever was drawn stays: leaving one out by what it is would bend the law
-                arranged = _arranged(sketch, range(len(sketch)), noted)
-                if arranged is not None:
-                    arranged.draws = Draws(drawn[place].trials, seeded(request.seed, len(request.tokens), VERIFYING))
-                result.append(arranged)
-                continue
-            kept = sketch.best(grown.nodes)
-            if self.sized:
-                kept = [node for node in kept if sketch.scores[node] >= sizes.least_chance]
-            result.append(_arranged(sketch, kept, noted, bool(self.listeners)))
+        result: list[_Drafted | None] = [None] * len(growing)
+        free = [place for place in range(len(growing)) if place not in drawn]
+        sketched = [(growths[place].sketch, notes[place]) for place in free]
+        for place, kept in zip(free, self._kept(sketched, [growing[place] for place in free])):
+            result[place] = kept
+        for place, own in drawn.items():  # whoever was drawn stays: leaving one out by what it is would bend the law
+            sketch, request = growths[place].sketch, growing[place].request
+            arranged = result[place] = _arranged(sketch, range(len(sketch)), notes[place])
+            if arranged is not None:
+                arranged.draws = Draws(own.trials, seeded(request.seed, len(request.tokens), VERIFYING))
         return result
 
     def _topology(self, nodes: int, depth: int) -> dict[Path, int]:
@@ -585,6 +608,8 @@ class Speculator:
                 continue
             nodes = accepted.nodes
             self.acceptance.learn(drafted.tree, drafted.ranks, drafted.chances, nodes)
+            if self.sized and self.sizes is not None:
+                self.acceptance.compare(self.sizes.accepted, len(nodes))
             self.tally.drafted += len(drafted.tree)
             self.tally.accepted += len(nodes)
             for node, source in enumerate(drafted.sources):

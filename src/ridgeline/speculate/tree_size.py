@@ -12,7 +12,7 @@ so for fixed and for pooled trees).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 Price = Callable[[int], float]
@@ -23,6 +23,12 @@ Chance = Callable[[int, int], float]
 
 PATIENCE = 3
 """Depths beyond the best so far that are tried."""
+
+BEHIND = 0.5
+"""Of the chance that a row is accepted, about so much is left for what follows it."""
+
+COARSE = 8
+"""Numbers of nodes are tried in steps of such a part of the rows."""
 
 HOPELESS = 0.8
 """Beyond a rate below this share of the best of that depth, larger trees are not tried: chances only fall."""
@@ -56,6 +62,26 @@ class Shape:
         )
 
 
+def least_worth(scores: Iterable[float], rows: int, target: Price, tokens_per_s: float) -> float:
+    """The chance from which drafted nodes, those of all requests together, are worth their rows.
+
+    scores: of every node, the chance that its whole path is accepted. rows: of the step without any node. A second is
+    worth `tokens_per_s` tokens. Not each node's price counts, but that of as many as it takes: rows become dearer in
+    jumps, and cost nothing between them. Above 1 if none is.
+    """
+    ordered = sorted(scores, reverse=True)
+    without = target(rows)
+    best, least, gained, count = 0.0, 2.0, 0.0, 0
+    while count < len(ordered):
+        more = min(len(ordered), count + max(1, (rows + count) // COARSE))
+        gained += sum(ordered[count:more])
+        count = more
+        gain = gained - tokens_per_s * (target(rows + count) - without)
+        if gain > best:
+            best, least = gain, ordered[count - 1]
+    return least
+
+
 def likeliest(chance: Chance, width: int, deepest: int, most: int) -> Shape:
     """The `most` likeliest nodes of a tree of `width` children a node, at most `deepest` deep."""
     found: list[tuple[float, int, int, int]] = []
@@ -77,7 +103,8 @@ class Sizes:
 
     depth: levels to draft; nodes: of a request's tree. tokens_per_s: expected, against `plain_per_s` without
     trees. node_s: seconds that one more node costs; level_s: that one more level of drafting costs a request.
-    least: the chance of the last node that was worth its place.
+    least: the chance of the last node that was worth its place. accepted: nodes of a request's tree that chances say
+    are accepted, before they are trusted as far as they have been right.
     """
 
     depth: int
@@ -87,6 +114,7 @@ class Sizes:
     node_s: float
     level_s: float
     least: float = 1.0
+    accepted: float = 0.0
 
     @property
     def least_chance(self) -> float:
@@ -98,6 +126,11 @@ class Sizes:
     def ends_at_a_jump(self) -> bool:
         """Whether one more node would cost more than the last one was worth."""
         return self.tokens_per_s * self.node_s > self.least
+
+    @property
+    def least_levels(self) -> float:
+        """What the chances of a request's rows must come to, all together, for another level to be worth its time."""
+        return self.tokens_per_s * self.level_s / BEHIND
 
     @property
     def least_path(self) -> float:
@@ -116,17 +149,19 @@ def choose_sizes(
     most_rows: int = 1 << 30,
     plain: Price | None = None,
     level_s: float | None = None,
+    trust: float = 1.0,
 ) -> Sizes:
     """Trees for so many requests of a step, beside `other_rows` that will be computed anyway.
 
     draft: of one pass of the drafters, which computes the root of each request, or the nodes that have children so
     far. again: whether a pass computes those of earlier levels once more, or only the last level's. most_rows: of
     a step, over all requests. plain: of a step without trees, if that has a price of its own. level_s: seconds of
-    one more level for all requests, if that does not depend on what is computed in it.
+    one more level for all requests, if that does not depend on what is computed in it. trust: how many nodes have been
+    accepted for each that `shape` said would be.
     """
     plain_s = (plain or target)(requests + other_rows)
     plain_per_s = requests / plain_s
-    best = (plain_per_s, 0, 0, 1.0)
+    best = (plain_per_s, 0, 0, 1.0, 0.0)
     first_s = draft(requests)
     for depth in range(1, deepest + 1):
         if depth > best[1] + PATIENCE:
@@ -134,12 +169,12 @@ def choose_sizes(
         tree = shape.within(depth)
         inner = [0] * (depth + 1)  # by depth, nodes with children: those that a pass computes
         known: set[int] = set()
-        expected, drafting_s, reached, highest = 1.0, first_s, 1, 0.0
+        accepted, drafting_s, reached, highest = 0.0, first_s, 1, 0.0
         for place in range(len(tree)):
             if requests * (place + 2) + other_rows > most_rows:
                 break
             parent = tree.parents[place]
-            expected += tree.values[place]
+            accepted += tree.values[place]
             if parent >= 0 and parent not in known:
                 known.add(parent)
                 inner[tree.depths[parent]] += 1
@@ -151,15 +186,15 @@ def choose_sizes(
                     drafting_s += draft(requests * rows)
             if reached < depth:
                 continue  # a smaller depth has it
-            rate = requests * expected / (target(requests * (place + 2) + other_rows) + drafting_s)
+            rate = requests * (1.0 + trust * accepted) / (target(requests * (place + 2) + other_rows) + drafting_s)
             if rate > best[0]:
-                best = (rate, depth, place + 1, tree.values[place])
+                best = (rate, depth, place + 1, trust * tree.values[place], accepted)
             if rate < HOPELESS * highest:
                 break
             highest = max(highest, rate)
-    rate, depth, nodes, least = best
+    rate, depth, nodes, least, accepted = best
     rows = requests * (1 + nodes) + other_rows
     step = max(1, requests * nodes // 4)
     node_s = max(0.0, (target(rows + step) - target(rows)) / step)
     each = (draft(requests) if level_s is None else level_s) / requests
-    return Sizes(depth, nodes, rate, plain_per_s, node_s, each, least)
+    return Sizes(depth, nodes, rate, plain_per_s, node_s, each, least, accepted)

@@ -24,7 +24,7 @@ from ridgeline.ops.op import cuda
 from ridgeline.ops.weight import Weight
 
 FILE = "linear.cu"
-FEWEST, MOST = 2, 32
+FEWEST, MOST = 2, 8
 """Tokens that this kernel takes."""
 
 ACTIVATIONS = {None: 0, "silu": 1, "swish": 1, "relu": 2, "gelu": 3, "gelu_new": 4, "gelu_pytorch_tanh": 4}
@@ -150,7 +150,7 @@ def _accepts(
     return None
 
 
-@linear.kernel("few", needs=cuda(80), accepts=_accepts, invariant=product)
+@linear.kernel("cuda", needs=cuda(80), accepts=_accepts, invariant=product)
 def linear_cuda(
     x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, activation: str | None = None
 ) -> torch.Tensor:
