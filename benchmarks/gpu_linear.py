@@ -28,7 +28,7 @@ from benchmarks.record import Record, interval, parser
 from ridgeline.kernels.cuda import linear as few_tokens
 from ridgeline.kernels.cuda import nvrtc
 from ridgeline.kernels.cuda.instances import SPILLS
-from ridgeline.kernels.cuda.linear import PLANS, Plan, eights_of, few, linear_cuda
+from ridgeline.kernels.cuda.linear import Plan, eights_of, few, linear_cuda
 from ridgeline.kernels.cuda.split import machine
 from ridgeline.kernels.triton import linear, mlp
 from ridgeline.ops.weight import Weight
@@ -69,7 +69,7 @@ FEW = (
     Plan(64, 4, 4, False, 2), Plan(32, 8, 2, False, 2),
 )  # fmt: skip
 """Plans of `linear` for few tokens; those that spill or do not fit are passed over."""
-REGISTERS = {1: Plan(32, 8, 4, False, 2), 2: Plan(64, 4, 2, False, 2), 4: Plan(64, 4, 2, False, 2)}
+REGISTERS = Plan(32, 8, 4, False, 2)
 REPEATS = 15
 SPAN_BYTES = 600 << 20
 
@@ -292,9 +292,10 @@ def products(tokens: int, layers: Sequence[dict[str, Weight]], head: Weight) -> 
     with patch.object(linear, "dependent", lambda _: alone), patch.object(mlp, "dependent", lambda _: alone):
         times["triton, each after the other"] = replayed(triton)
     if few_tokens.FEWEST <= tokens <= few_tokens.MOST:
-        early = {eights: replace(plan, early=True) for eights, plan in PLANS.items()}
-        for name, plans in (("cuda", PLANS), ("cuda, next at the start", early), ("cuda, registers", REGISTERS)):
-            with patch.dict(PLANS, plans):
+        serves = few_tokens.FEW
+        early = replace(serves, early=True)
+        for name, plan in (("cuda", serves), ("cuda, next at the start", early), ("cuda, registers", REGISTERS)):
+            with patch.object(few_tokens, "FEW", plan):
                 times[name] = replayed(partial(step, linear_cuda, mlp.gated_linear_triton))
     return times
 

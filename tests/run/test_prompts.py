@@ -20,7 +20,7 @@ from ridgeline.core.tree import TokenTree
 from ridgeline.engine.build import Built, build
 from ridgeline.kernels.select import Table
 from ridgeline.ops import Ops
-from ridgeline.run import graphs as graphs_module
+from ridgeline.run import capture
 from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
 from ridgeline.run.places import PassSize, PromptStaging, prompt_layout, prompt_on_device
 from ridgeline.run.prompts import TOKENS as MOST_TOKENS
@@ -205,7 +205,7 @@ def test_what_was_captured_is_replayed(
 ) -> None:
     """All sizes, the largest first, each run once before; from then on steps replay them, with inputs of their own."""
     told: list[str] = []
-    monkeypatch.setattr(graphs_module, "captured", lambda work, pool: Recording(work, told))
+    monkeypatch.setattr(capture, "captured", lambda work, pool: Recording(work, told))
     for name in ("graph_pool_handle", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())

@@ -25,11 +25,12 @@ from ridgeline.run.capture import Works, capture_each, run
 from ridgeline.run.graphs import Inputs, Replayed, holding
 from ridgeline.run.places import PassSize, PromptFields, PromptStaging, prompt_layout, prompt_on_device
 
-TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
-"""Of all requests together. Above, the device takes longer than the host."""
+TOKENS = (16, 32, *range(64, 1025, 64))
+"""Of all requests together. Large products take as long as they have rows, so steps are fine; above, the device takes
+longer than the host."""
 
-REQUESTS = (8, 64, 256)
-"""Of a step, at most; and as many as there may be."""
+REQUESTS = (8,)
+"""Of a step, at most; and as many as there may be. Those without rows cost little, every graph some 15 MB."""
 
 
 def tokens_up_to(most: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ridgeline.core.errors import KernelRefused
 from ridgeline.kernels import select as selecting
 from ridgeline.kernels.cuda import linear as kernels
 from ridgeline.kernels.cuda.decode import MACHINES
-from ridgeline.kernels.cuda.linear import PLANS, Plan, _accepts, eights_of, few, linear_cuda, split_of
+from ridgeline.kernels.cuda.linear import FEW, Plan, _accepts, eights_of, few, linear_cuda, split_of
 from ridgeline.kernels.triton.linear import linear_triton
 from ridgeline.kernels.triton.product import product
 from ridgeline.ops import Ops
@@ -25,6 +26,8 @@ from ridgeline.ops.weight import Weight
 
 H200 = MACHINES["sm_90"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WIDE = Plan(64, 4, 4, True, 2)
+"""For 9 to 32 tokens."""
 
 
 # The order of inputs
@@ -75,7 +78,7 @@ def test_an_input_that_only_one_operand_moves_is_found() -> None:
 @pytest.mark.parametrize("split", [1, 2, 4])
 @pytest.mark.parametrize("width", [8, 72, 512, 4096, 14336, 14344])
 def test_every_input_is_taken_once(split: int, width: int) -> None:
-    plan = PLANS[1]
+    plan = FEW
     taken = np.zeros(width, dtype=int)
     run = 32 * plan.depth
     for rank, warp, piece in itertools.product(range(split), range(plan.warps), range(0, 32, 8)):
@@ -103,16 +106,15 @@ def test_every_input_is_taken_once(split: int, width: int) -> None:
     ],
 )
 def test_blocks_fill_the_multiprocessors(tokens: int, outputs: int, width: int, expected: int) -> None:
-    plan = PLANS[eights_of(tokens)]
+    plan = FEW if tokens <= 8 else WIDE
     assert split_of(plan, outputs, width, H200) == expected
     assert split_of(plan, outputs, width, MACHINES["sm_80"]) == 1
     assert split_of(replace(plan, split=2), outputs, width, H200) == 2
 
 
 def test_plans_fit_every_machine() -> None:
-    for machine, (eights, plan) in itertools.product(MACHINES.values(), PLANS.items()):
-        assert machine.holds(plan.shared_bytes(eights), 1)
-    assert all(H200.holds(plan.shared_bytes(eights), plan.blocks) for eights, plan in PLANS.items())
+    assert all(machine.holds(FEW.shared_bytes(1), 1) for machine in MACHINES.values())
+    assert H200.holds(FEW.shared_bytes(1), FEW.blocks)
     assert [eights_of(tokens) for tokens in (1, 2, 8, 9, 16, 17, 32)] == [1, 1, 1, 2, 2, 4, 4]
 
 
@@ -137,22 +139,22 @@ def test_one_token_and_many_are_not_for_this_kernel(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels, "few", lambda plan, *_: served.append(plan))
     monkeypatch.setattr(kernels, "linear_triton", lambda *_: served.append("triton"))
     weight = Weight.dense_from(torch.empty(8, 8))
-    for tokens in (0, 1, 2, 8, 9, 32, 33):
+    for tokens in (0, 1, 2, 8, 9, 32):
         linear_cuda(torch.empty(tokens, 8), weight)
-    assert served == ["triton", "triton", PLANS[1], PLANS[1], PLANS[2], PLANS[4], "triton"]
+    assert served == ["triton", "triton", FEW, FEW, "triton", "triton"]
 
 
 @pytest.mark.parametrize(
     ("dtype", "width", "invariant", "expected"),
     [
-        (torch.bfloat16, 64, False, "few"),
-        (torch.float16, 64, False, "few"),
+        (torch.bfloat16, 64, False, "cuda"),
+        (torch.float16, 64, False, "cuda"),
         (torch.bfloat16, 60, False, "triton"),
         (torch.float32, 64, False, "triton"),
-        (torch.bfloat16, 64, True, "few"),
+        (torch.bfloat16, 64, True, "cuda"),
     ],
 )
-def test_what_serves_where_it_is_asked_for(
+def test_what_serves(
     dtype: torch.dtype, width: int, invariant: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -161,14 +163,18 @@ def test_what_serves_where_it_is_asked_for(
         weight = Weight.dense_from(torch.empty(16, width, dtype=dtype, device="meta"))
         ops.linear(torch.empty(2, width, dtype=dtype, device="meta"), weight)  # type: ignore[attr-defined]
 
-    assert {row.kernel for row in selecting.select(torch.device("cuda"), trace).rows} == {"triton"}
-    table = selecting.select(torch.device("cuda"), trace, rungs={"linear": ["few", "triton"]}, invariant=invariant)
+    table = selecting.select(torch.device("cuda"), trace, invariant=invariant)
     assert {row.kernel for row in table.rows} == {expected}
     if invariant:
         assert table.ops("decode").linear is product  # type: ignore[attr-defined]
 
 
 # Products
+
+
+def planned(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """By the plan for so many tokens, also for those that another kernel serves."""
+    return few(FEW if x.shape[0] <= 8 else WIDE, x, *others)
 
 
 def weight_of(outputs: int, inputs: int, dtype: torch.dtype) -> Weight:
@@ -218,7 +224,7 @@ def test_all_numbers_of_tokens(outputs: int, bias: bool, dtype: str) -> None:
     for tokens in range(2, 33):
         inputs = (8, 40, 2056, 1536)[tokens % 4]
         shift = torch.randn(outputs, device="cuda", dtype=kind) if bias else None
-        hold(linear_cuda, tokens_of(tokens, inputs, kind), weight_of(outputs, inputs, kind), shift)
+        hold(planned, tokens_of(tokens, inputs, kind), weight_of(outputs, inputs, kind), shift)
 
 
 @pytest.mark.gpu
@@ -226,7 +232,7 @@ def test_all_numbers_of_tokens(outputs: int, bias: bool, dtype: str) -> None:
 def test_shapes_of_models(shape: tuple[int, int]) -> None:
     weight = weight_of(*shape, torch.bfloat16)
     for tokens in (2, 7, 8, 9, 16, 17, 31, 32):
-        hold(linear_cuda, tokens_of(tokens, shape[1], torch.bfloat16), weight)
+        hold(planned, tokens_of(tokens, shape[1], torch.bfloat16), weight)
 
 
 @pytest.mark.gpu
@@ -234,7 +240,7 @@ def test_shapes_of_models(shape: tuple[int, int]) -> None:
 def test_activations(activation: str) -> None:
     for tokens, kind in ((5, torch.float16), (20, torch.bfloat16)):
         shift = torch.randn(40, device="cuda", dtype=kind)
-        hold(linear_cuda, tokens_of(tokens, 96, kind), weight_of(40, 96, kind), shift, activation)
+        hold(planned, tokens_of(tokens, 96, kind), weight_of(40, 96, kind), shift, activation)
 
 
 @pytest.mark.gpu
@@ -288,8 +294,8 @@ def test_equal_calls_give_equal_bits(tokens: int) -> None:
 def test_a_row_of_products_in_a_graph(tokens: int, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel comes before the one ahead has ended, and still reads what that one wrote: new inputs at every
     replay, results as op by op."""
-    for eights, plan in PLANS.items():
-        monkeypatch.setitem(PLANS, eights, replace(plan, early=early))
+    monkeypatch.setattr(kernels, "MOST", 32)
+    monkeypatch.setattr(kernels, "FEW", replace(FEW if tokens <= 8 else WIDE, early=early))
     layers = [weight_of(2048, 2048, torch.bfloat16) for _ in range(12)]
 
     def chain(y: torch.Tensor) -> torch.Tensor:

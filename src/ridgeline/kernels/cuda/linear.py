@@ -1,8 +1,7 @@
-"""`linear` for 2 to 32 tokens, where only the weight's bytes matter (linear.cu); one token and more are `triton`'s.
+"""`linear` for 2 to 8 tokens, where only the weight's bytes matter (linear.cu); one token and more are `triton`'s.
 
 Knows dense weights, and how a product's rows and inputs are dealt to a GPU. It must not know which layer of a model
 it serves. Nothing is allocated but the result, so a captured step may hold it.
-No engine takes it by itself until a GPU has measured it: it is chosen by its name, {"linear": ["few"]}.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ridgeline.ops.weight import Weight
 
 FILE = "linear.cu"
 FEWEST, MOST = 2, 8
-"""Tokens that this kernel takes."""
+"""Tokens that this kernel serves. It can take 32, but from 9 on cuBLAS is faster on an H200 (docs/log.md)."""
 
 ACTIVATIONS = {None: 0, "silu": 1, "swish": 1, "relu": 2, "gelu": 3, "gelu_new": 4, "gelu_pytorch_tanh": 4}
 """By their Hugging Face names: linear.cu's numbers."""
@@ -69,9 +68,8 @@ class Plan:
         return max(ring, self.warps * 8 * eights * (self.rows + 8) * 4)
 
 
-FEW, MORE = Plan(32, 8, 4, True, 2), Plan(64, 4, 4, True, 2)
-PLANS = {1: FEW, 2: MORE, 4: MORE}
-"""By eights of tokens. 64 KB of weights under way a block; a block reads all of x, so many tokens want many rows."""
+FEW = Plan(32, 8, 4, True, 2)
+"""64 KB of weights under way a block."""
 
 SPLITS = (1, 2, 4)
 
@@ -154,12 +152,12 @@ def _accepts(
 def linear_cuda(
     x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, activation: str | None = None
 ) -> torch.Tensor:
-    """One launch for 2 to 32 tokens. One token, and more, are the kernel `triton`'s, and so is the batch-invariant way.
+    """One launch for 2 to 8 tokens. One token, and more, are the kernel `triton`'s, and so is the batch-invariant way.
 
     Bits are equal for equal calls; a token's may change with the number of tokens, as another plan serves.
     """
     if FEWEST <= x.shape[0] <= MOST:
-        return few(PLANS[eights_of(x.shape[0])], x, weight, bias, activation)
+        return few(FEW, x, weight, bias, activation)
     return linear_triton(x, weight, bias, activation)
 
 
@@ -185,6 +183,6 @@ def few(
 INSTANCES = Instances(
     FILE,
     ("sm_80", "sm_86", "sm_90"),
-    {"BF16": (0, 1), "EIGHTS": tuple(PLANS)},
-    defines=lambda choice: {"BF16": choice["BF16"], **PLANS[int(choice["EIGHTS"])].defines(int(choice["EIGHTS"]))},
+    {"BF16": (0, 1), "EIGHTS": (1, 2, 4)},
+    defines=lambda choice: {"BF16": choice["BF16"], **FEW.defines(int(choice["EIGHTS"]))},
 )

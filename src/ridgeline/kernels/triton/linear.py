@@ -3,7 +3,7 @@
 Knows dense weights. It must not know which layer of a model it serves. Each program takes whole rows of the weight
 and sums them in fp32, all of their bytes asked for at once, the first before the kernel ahead has ended. Tiles of
 tensor cores for 2 to 16 tokens were tried and are no faster than cuBLAS (docs/log.md); kernels/cuda/linear.py takes
-2 to 32 tokens another way.
+2 to 8 tokens another way.
 """
 
 from typing import NamedTuple
