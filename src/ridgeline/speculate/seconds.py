@@ -53,20 +53,19 @@ class Seconds:
         """Something like it took so much more than expected, as a share of that."""
         self._scale *= 1.0 + COMMON * off
 
-    def learn(self, rows: int, seconds: float) -> float:
-        """A step of so many rows took so long. Returns how much more that is than was expected, as a share."""
+    def learn(self, rows: int, seconds: float, own: float = OWN) -> None:
+        """A step of so many rows took so long. own: how much of what that is off by goes into the points beside it."""
         expected = self(rows)
         if expected <= 0.0:
-            return 0.0
+            return
         off = min(seconds / expected, OUTLIER) - 1.0
         self.drift(off)
         place = bisect_left(self._rows, rows)
         exact = place < len(self._rows) and self._rows[place] == rows
         beside = range(place, place + 1) if exact else range(max(place - 1, 0), min(place + 1, len(self._rows)))
         for near in beside:
-            self._points[near] *= 1.0 + OWN * (off - COMMON * off)
+            self._points[near] *= 1.0 + own * (off - COMMON * off)
         self._values = rising(self._points)
-        return off
 
 
 def rising(values: Sequence[float]) -> list[float]:

@@ -22,7 +22,7 @@ from ridgeline.run.verify import Draws, Path, Trial, seeded
 from ridgeline.speculate.acceptance import DEEPEST, EDGES, RANKS, Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
 from ridgeline.speculate.ngram import SuffixIndex
-from ridgeline.speculate.seconds import OUTLIER, Seconds
+from ridgeline.speculate.seconds import OUTLIER, OWN, Seconds
 from ridgeline.speculate.tree_size import Shape, Sizes, choose_sizes, least_worth
 
 Room = Callable[[Request, int, int], int]
@@ -49,6 +49,10 @@ REFRESH_STEPS = 32
 
 PROBE_STEPS = 128
 """Without trees nothing is learned, so every so many steps a small one is tried."""
+
+CLOSE, SELDOM = 1.5, 0.5
+"""And with trees nothing of steps without: where they bring less than so many times the tokens, one without is made
+every REFRESH_STEPS. As such readings are rare, so much of what one is off by is believed."""
 
 NGRAM_DEPTH = 10
 
@@ -192,7 +196,8 @@ class Speculator:
         self._shapes: dict[int, Shape] = {}
         self._chosen: dict[tuple[int, int], Sizes] = {}
         self._stale_at = 0
-        self._without = 0
+        self._without = self._with = 0
+        self._seldom = False
         self._rows = 0
         """Known tokens of the step that is drafted for."""
         self.last_draft_s = 0.0
@@ -228,6 +233,7 @@ class Speculator:
         """
         began = self._clock()
         self._drafted = {}
+        self._seldom = False
         self._rows = sum(new for _, new in chosen)
         self.sizes = None
         candidates = []
@@ -238,7 +244,7 @@ class Speculator:
                     candidates.append((request, depth))
         if candidates:
             sizes = self.sizes = self._sizes(len(candidates), self._rows - len(candidates))
-            if sizes.depth:
+            if sizes.depth and not self._left_out(sizes):
                 self._without = 0
                 shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
                 most = min(MOST_NODES, ROOM * sizes.nodes) if shaped and not sizes.ends_at_a_jump else sizes.nodes
@@ -259,6 +265,16 @@ class Speculator:
         self.last_draft_s = self._clock() - began
         self.tally.draft_s += self.last_draft_s
         return {request_id: drafted.tree for request_id, drafted in self._drafted.items()}
+
+    def _left_out(self, sizes: Sizes) -> bool:
+        """Whether this step has no trees for the sake of learning what one without takes."""
+        if not self.sized or sizes.tokens_per_s > CLOSE * sizes.plain_per_s:
+            return False
+        self._with += 1
+        self._seldom = self._with > REFRESH_STEPS
+        if self._seldom:
+            self._with = 0
+        return self._seldom
 
     @property
     def draws(self) -> dict[str, object]:
@@ -598,8 +614,10 @@ class Speculator:
         """A step has been run in step_s seconds, drafting left out."""
         if all(len(chunk.token_ids) == 1 for chunk in plan.chunks):  # prefills' rows cost less
             trees = any(chunk.tree is not None for chunk in plan.chunks)
-            ours, other = (self.seconds, self.plain_seconds) if trees else (self.plain_seconds, self.seconds)
-            other.drift(ours.learn(plan.num_tokens, step_s))
+            if trees:
+                self.seconds.learn(plan.num_tokens, step_s)
+            else:
+                self.plain_seconds.learn(plan.num_tokens, step_s, SELDOM if self._seldom else OWN)
         self.tally.steps += 1
         known = {chunk.request_id: chunk.start + len(chunk.token_ids) for chunk in plan.chunks if self.listeners}
         for request_id, drafted in self._drafted.items():
