@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_speculation, gpu_tree_shapes, speculation_cpu
+from benchmarks import gpu_speculation, gpu_tree_shapes, speculation_cpu, speculation_priced
 from benchmarks.models import TINY_SHAPE, random_checkpoint
 from benchmarks.record import RESULTS
 from benchmarks.speculating import NONE, Arm, Counts, bound, cycled, human_eval, loops
@@ -35,11 +35,30 @@ def bench(tiny: Path, tmp_path: Path) -> Bench:
 
     def go(module: Any, *arguments: str) -> dict[str, Any]:
         out = tmp_path / "result.json"
-        given = ["--model", str(tiny), "--prompts", str(prompts), "--out", str(out), "--plots", str(tmp_path)]
+        given = ["--model", str(tiny), "--prompts", str(prompts), "--out", str(out)]
+        if module is not speculation_priced:
+            given += ["--plots", str(tmp_path)]
         module.main(["--quick", "--threads", "1", *given, *arguments])
         return json.loads(out.read_text(encoding="utf-8"))
 
     return go
+
+
+def test_at_the_prices_of_another_machine(bench: Bench, tmp_path: Path) -> None:
+    """Tokens and rows are counted, seconds are those of the file: a step with trees takes one, a level a tenth."""
+    arms = {"none": {"tokens_per_s": [0.5, 0.5, 0.5]}}
+    learned = {"with_trees_s": {"1": 1.0}, "plain_s": {"1": 2.0}, "draft_s": {"1": 0.25}, "level_s": {"1": 0.1}}
+    for name in ("with_trees_s", "draft_s", "level_s"):
+        learned[name]["512"] = learned[name]["1"]
+    prices = tmp_path / "prices.json"
+    prices.write_text(json.dumps({"summary": {"batch 1, temperature 0": {"arms": arms, "learned": learned}}}))
+    result = bench(speculation_priced, "--prices", str(prices))
+    chain = result["summary"]["chain of 4, temperature 0"]
+    assert chain["tokens_a_step"] == pytest.approx(5.0)  # the drafter is the target
+    assert chain["levels_a_draft"] == pytest.approx(4.0)
+    assert chain["tokens_per_s"] == pytest.approx(5 / (1.0 + 0.25 + 3 * 0.1), rel=0.1)
+    assert chain["over_none"] == pytest.approx(chain["tokens_per_s"] / 0.5)
+    assert result["summary"]["tree, auto, temperature 0.8"]["tokens_a_step"] > 3
 
 
 @pytest.mark.slow

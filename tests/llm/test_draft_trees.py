@@ -29,7 +29,7 @@ from ridgeline.run.beams import Beams
 from ridgeline.run.graphs import PassGraphs
 from ridgeline.run.places import PassSize
 from ridgeline.speculate.acceptance import EDGES
-from ridgeline.speculate.seconds import Seconds
+from ridgeline.speculate.seconds import OWN, Seconds
 from ridgeline.speculate.speculator import WIDTH, Round
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4
@@ -94,8 +94,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Price(Seconds):
     """Seconds that no reading moves: what trees are made must not depend on the machine that runs the tests."""
 
-    def learn(self, rows: int, seconds: float) -> float:
-        return 0.0
+    def learn(self, rows: int, seconds: float, own: float = OWN) -> None: ...
 
 
 @pytest.fixture
