@@ -71,11 +71,18 @@ def tests(marks: str, *where: str) -> Callable[[argparse.Namespace], list[str]]:
     return lambda options: ["-m", "pytest", *plugin, *where, "-m", marks, f"--junitxml={options.out / 'tests.xml'}"]
 
 
+PROGRAM = ("-c", "from ridgeline.cli.main import main; raise SystemExit(main())")
+
+
 def latency(options: argparse.Namespace) -> list[str]:
     rungs = [word for rung in ("standard", "v1", "v2", "triton", "decode,sm90") for word in ("--attention", rung)]
     few = ["--batch", "1", "--rounds", "2"] if options.quick else []
-    program = "from ridgeline.cli.main import main; raise SystemExit(main())"
-    return ["-c", program, "bench", "latency", *rungs, *few, "--out", str(options.out / "latency.json")]
+    return [*PROGRAM, "bench", "latency", *rungs, *few, "--out", str(options.out / "latency.json")]
+
+
+def tune(options: argparse.Namespace) -> list[str]:
+    few = ["--most", "2", "--rounds", "2", "--head-dim", "128"] if options.quick else ["--most", "24", "--rounds", "8"]
+    return [*PROGRAM, "kernels", "tune", *few, "--out", str(options.out / "table.json")]
 
 
 def accuracy_later(options: argparse.Namespace) -> list[str]:
@@ -97,6 +104,9 @@ STEPS = (
     Step("sweep", 6, "every rung on the papers' grid",
          benchmark("attention", "sweep", "--grouped", "--name", "attention-sweep")),
     Step("latency", 5, "whole models with each rung", latency),
+    Step("decode-rungs", 2, "decode attention of every rung, standard among them",
+         benchmark("attention", "decode", "--name", "attention-decode-rungs")),
+    Step("tune", 8, "tables of tiles for this GPU", tune),
     Step("model", 8, "a card without a model, then held-out models beside it", benchmark("gpu_accuracy")),
     Step("model-later", 5, "the same with that card, anchored anew", accuracy_later, "model"),
     Step("accuracy", 1, "errors on numbers with outliers", benchmark("attention_accuracy")),
