@@ -15,7 +15,7 @@ import torch
 from ridgeline import LLM
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.request import SamplingParams
-from ridgeline.core.step import UNREAD, Chunk, Sampling, StepPlan, StepRecord, StepResult
+from ridgeline.core.step import UNREAD, Chunk, Sampling, StepPlan, StepRecord, StepResult, padded
 from ridgeline.core.tree import TokenTree
 from ridgeline.engine.build import Built, build
 from ridgeline.kernels.select import Table
@@ -24,7 +24,7 @@ from ridgeline.run import capture
 from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
 from ridgeline.run.places import PassSize, PromptStaging, prompt_layout, prompt_on_device
 from ridgeline.run.prompts import TOKENS as MOST_TOKENS
-from ridgeline.run.prompts import PromptGraphs, padded, prompt_sizes_up_to, tokens_up_to
+from ridgeline.run.prompts import PromptGraphs, prompt_sizes_up_to, tokens_up_to
 from ridgeline.run.runner import Runner
 
 TOKENS = [3 + (place * 17) % 250 for place in range(200)]

@@ -16,7 +16,7 @@ from ridgeline import LLM
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import KernelRefused
 from ridgeline.core.request import SamplingParams
-from ridgeline.core.step import UNREAD, Chunk, Sampling, StepPlan, StepRecord
+from ridgeline.core.step import UNREAD, Chunk, Sampling, StepPlan, StepRecord, padded
 from ridgeline.engine.build import build
 from ridgeline.kernels.select import Table
 from ridgeline.kv.layout import KVLayout
@@ -24,7 +24,7 @@ from ridgeline.kv.pages import Pages
 from ridgeline.models.decoder import Decoder
 from ridgeline.run.graphs import DecodeGraphs, sizes_up_to
 from ridgeline.run.places import PassSize
-from ridgeline.run.prompts import PromptGraphs, padded, prompt_sizes_up_to
+from ridgeline.run.prompts import PromptGraphs, prompt_sizes_up_to
 from ridgeline.run.runner import Runner
 
 pytestmark = pytest.mark.gpu

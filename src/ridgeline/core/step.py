@@ -6,6 +6,7 @@ into them, the performance model prices it, a listener keeps its record.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,6 +16,11 @@ from ridgeline.core.tree import TokenTree
 
 UNREAD = -1
 """Stands in a chunk for the token that the step before sampled for its request: only the device knows it yet."""
+
+
+def padded(tokens: int, sizes: Sequence[int]) -> int:
+    """Rows that a step with prompts of so many tokens computes where these numbers are captured, ascending."""
+    return sizes[bisect_left(sizes, tokens)] if sizes and tokens <= sizes[-1] else tokens
 
 
 class Sampling(NamedTuple):

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ridgeline.core.errors import InvalidArgument
-from ridgeline.core.step import Spans
-from ridgeline.run.prompts import padded
+from ridgeline.core.step import Spans, padded
 
 VERSION = 6
 

@@ -9,7 +9,6 @@ other step while the device computes.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,11 +48,6 @@ def prompt_sizes_up_to(most_requests: int, most_tokens: int) -> tuple[PassSize, 
         found += [PassSize(one, count) for one in tokens_up_to(most_tokens) if one > below + 1]
         below = count
     return tuple(sorted(found))
-
-
-def padded(tokens: int, sizes: Sequence[int]) -> int:
-    """Rows that a step with prompts of so many tokens computes where these numbers are captured, ascending."""
-    return sizes[bisect_left(sizes, tokens)] if sizes and tokens <= sizes[-1] else tokens
 
 
 @dataclass(slots=True)
