@@ -20,9 +20,10 @@ from benchmarks.gpu_accuracy import MODELS, TINY
 from benchmarks.record import Record, alternate, interval, losing, parser, use_threads
 from benchmarks.trace import DATA
 from ridgeline import LLM
+from ridgeline.core.step import padded
 from ridgeline.engine.build import Built
 from ridgeline.engine.memory import size
-from ridgeline.run.prompts import PromptGraphs, padded
+from ridgeline.run.prompts import PromptGraphs
 from ridgeline.study.calibrate import captured_tokens
 from ridgeline.study.calibrate_machine import fill, step_seconds
 from ridgeline.study.step_bench import Shape, StepBench
