@@ -128,7 +128,7 @@ def test_reasons_in_words() -> None:
     said = weighed.reasons
     assert said[0].startswith("1,500 tokens/s were expected with trees and 1,000 without (1.50x, means of 1 round)")
     assert "depth 3 and 4 nodes a request" in said[1]
-    assert "less than 6.0% chance" in said[2]  # 1,500 tokens/s for 40 µs
+    assert "40 µs of a step, for which a chance of 6.0% pays" in said[2]  # 1,500 tokens/s for 40 µs
     assert "40 µs" in said[2]
     assert "less than 51% chance was not drafted further" in said[3]
     assert said[4].startswith("1 round tried one node in order to learn")

@@ -568,8 +568,9 @@ def reasons(verified: Sequence[Verified], speculation: Speculation) -> tuple[str
         )
         if mean["node_s"] > 0:
             said.append(
-                f"a node of less than {mean['least_chance']:.1%} chance was left out: it takes "
-                f"{mean['node_s'] * 1e6:,.0f} µs of a step, longer than it is worth"
+                "of what was drafted as many of the likeliest nodes stayed as their rows are worth: behind that size "
+                f"one more takes {mean['node_s'] * 1e6:,.0f} µs of a step, for which a chance of "
+                f"{mean['least_chance']:.1%} pays"
             )
         else:
             said.append("no node was left out for its chance: one more took no time that could be measured")

@@ -154,7 +154,8 @@ def linear_cuda(
 ) -> torch.Tensor:
     """One launch for 2 to 8 tokens. One token, and more, are the kernel `triton`'s, and so is the batch-invariant way.
 
-    Bits are equal for equal calls; a token's may change with the number of tokens, as another plan serves.
+    Bits are equal for equal calls; a token's may change with the number of tokens, as other kernels serve
+    one and many.
     """
     if FEWEST <= x.shape[0] <= MOST:
         return few(FEW, x, weight, bias, activation)
