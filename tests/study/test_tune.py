@@ -86,6 +86,22 @@ def test_a_dry_run_writes_nothing(table: dict[int, Tile], tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_a_search_that_is_stopped_keeps_what_it_found(table: dict[int, Tile], tmp_path: Path) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "done":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(settings(out=tmp_path / "table.json"), stop)
+    kept = json.loads((tmp_path / "table.json").read_text())
+    assert kept["tables"]["mine/long"]["entries"]["16"]["rows"] == 32
+
+
+def test_a_named_file_is_written_though_nothing_is_better(table: dict[int, Tile], tmp_path: Path) -> None:
+    tune.run(settings(most=1, out=tmp_path / "table.json"))
+    assert json.loads((tmp_path / "table.json").read_text())["tables"] == {}
+
+
 def test_few_variants(table: dict[int, Tile]) -> None:
     (entry,) = tune.run(settings(most=1, keep=False))["entries"]
     assert (entry["tried"], entry["after"]) == (1, None)

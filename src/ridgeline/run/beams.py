@@ -31,6 +31,7 @@ from ridgeline.ops.attention_call import WORD_BITS
 from ridgeline.run.capture import Works, capture_each, run
 from ridgeline.run.graphs import Passed
 from ridgeline.run.places import Layout, arrays, placed, tensors
+from ridgeline.run.transfer import to_device, to_host
 
 DEEPEST = 12
 """Levels of a draft."""
@@ -200,7 +201,7 @@ class Beams:
 
         def ready(one: _Beam) -> Works:
             self._write(one, [], (self.children,), np.zeros((self.children, len(self._edges) + 1)))
-            self._memory[: one.nbytes].copy_(self._host[: one.nbytes])
+            to_device(self._memory[: one.nbytes], self._host[: one.nbytes])
             return partial(self._begin, one), partial(self._go_on, one)
 
         for one, graphs in zip(beams, capture_each(self.device, beams, ready, progress)):
@@ -234,7 +235,7 @@ class Beams:
         assert 0 < len(widths) <= DEEPEST
         one = self._sizes[self._count(max(len(begun), among))]
         self._write(one, begun, widths, odds)
-        self._memory[: one.nbytes].copy_(self._host[: one.nbytes], non_blocking=True)
+        to_device(self._memory[: one.nbytes], self._host[: one.nbytes])
         levels = len(widths)
         for number in range(levels):
             looks = least > 0 and number >= LOOKS and number % LOOKS == 0
@@ -247,7 +248,7 @@ class Beams:
                 self._look(one, number)
         taken = levels * one.requests * one.beam * (2 * self.children + 1)
         told = self._told[:taken]
-        told.copy_(self._record[:taken], non_blocking=True)
+        to_host(told, self._record[:taken])
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return self._read(one, told.numpy(), len(begun), levels)
@@ -255,7 +256,7 @@ class Beams:
     def _look(self, one: _Beam, number: int) -> None:
         """Ask how likely the rows are that a level has chosen."""
         above = one.fields["above"]
-        self._likely[number, : above.numel()].copy_(above.view(-1), non_blocking=True)
+        to_host(self._likely[number, : above.numel()], above.view(-1))
         if self._looks:
             self._looks[number].record(torch.cuda.current_stream(self.device))
 

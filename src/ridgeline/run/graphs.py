@@ -44,6 +44,7 @@ from ridgeline.run.places import (
     pass_layout,
     pass_on_device,
 )
+from ridgeline.run.transfer import to_device
 
 FINEST = 8
 """Sizes above 8 are multiples of this, and no further apart than a quarter of the power of two below them."""
@@ -127,7 +128,7 @@ class Inputs:
             self._writer[turn] = side
             side.forget()
         written = fill(side)
-        self.memory[: side.nbytes].copy_(self.host[turn][: side.nbytes], non_blocking=True)
+        to_device(self.memory[: side.nbytes], self.host[turn][: side.nbytes])
         if self.device.type == "cuda":
             sent = self._sent[turn] = sent or torch.cuda.Event()
             sent.record(torch.cuda.current_stream(self.device))
@@ -137,7 +138,7 @@ class Inputs:
         """Padding alone, before a capture."""
         side = self._writer[0] = sides[0]
         side.forget()
-        self.memory[: side.nbytes].copy_(self.host[0][: side.nbytes])
+        to_device(self.memory[: side.nbytes], self.host[0][: side.nbytes])
 
 
 @dataclass(slots=True)

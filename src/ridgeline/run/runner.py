@@ -26,6 +26,7 @@ from ridgeline.ops import Ops
 from ridgeline.run.graphs import DecodeGraphs, PassGraphs
 from ridgeline.run.prepare import Prepared, SampleInputs, prepare, sample_inputs, send
 from ridgeline.run.prompts import PromptGraphs
+from ridgeline.run.transfer import Answers
 from ridgeline.run.verify import Draws, law_of, walked
 
 SCORED_ROWS = 256
@@ -158,6 +159,7 @@ class Runner:
         self.prompts = prompts
         self._tokens = torch.zeros(1, dtype=torch.int64, device=device)  # of the last step, row by row
         self._places: dict[str, int] = {}  # whose row is which
+        self._answers = Answers()
 
     def run(self, plan: StepPlan, ops: Ops | None = None) -> StepResult:
         """One step, and wait for it. `ops` replaces the table's, to observe them, and captured steps with them."""
@@ -262,7 +264,7 @@ class Runner:
         if len(step.names) < len(chunks):
             step.rows = [row for row, chunk in enumerate(chunks) if chunk.sampling is not None]
         if launched.tokens is not None:
-            step.tokens = _to_host(launched.tokens, reused=True)
+            step.tokens = self._answers.take(launched.tokens)
             self._tokens, self._places = graphs.sampled, {name: row for row, name in enumerate(_names(plan))}
             return
         hidden = launched.hidden
@@ -295,7 +297,7 @@ class Runner:
         step.names, step.trees = [chunk.request_id for chunk in chunks], [chunk.tree for chunk in chunks]
         self._places = {}  # tokens of trees are read before anything follows them
         if launched.tokens is not None:
-            step.tokens = _to_host(launched.tokens, reused=True)
+            step.tokens = self._answers.take(launched.tokens)
             return
         ops = self.table.ops("tree")
         step.asked = [one.params.logprobs for one in settings]
@@ -359,12 +361,9 @@ def _names(plan: StepPlan) -> list[str]:
     return [chunk.request_id for chunk in plan.chunks]
 
 
-def _to_host(tensor: torch.Tensor, reused: bool = False) -> torch.Tensor:
-    """A GPU's tensor as a copy on the host, in pinned memory and without waiting; a CPU's as it is, unless the next
-    step writes to it."""
-    if tensor.device.type == "cpu" and not reused:
-        return tensor
-    return tensor.to("cpu", non_blocking=True, copy=True)
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A GPU's tensor as a copy on the host, in pinned memory and without waiting; a CPU's as it is."""
+    return tensor if tensor.device.type == "cpu" else tensor.to("cpu", non_blocking=True)
 
 
 def adjust(logits: torch.Tensor, inputs: SampleInputs, ops: Ops) -> torch.Tensor:

@@ -151,7 +151,9 @@ def run(settings: Settings, progress: Progress = _silent) -> dict[str, Any]:
     serving = rungs.rungs(device)
     entries = _entries(settings, serving, device)
     name = str(describe(device)["name"])
-    trials, chosen = [], dict[str, dict[Any, Any]]()
+    trials: list[dict[str, Any]] = []
+    file = settings.out or tables.kept_file(name)
+    how = {"versions": versions(), "dtype": settings.dtype, "rounds": settings.rounds, "most": settings.most}
     moments = {"before": clocks(device)}
     for number, (tunable, key) in enumerate(entries):
         kernel = serving[tunable.kernel]
@@ -167,24 +169,21 @@ def run(settings: Settings, progress: Progress = _silent) -> dict[str, Any]:
         search.run(tell)
         trials.append(trial.as_dict())
         if trial.winner is not None:
-            chosen.setdefault(tunable.id, {})[key] = trial.winner
             tunable.table[key] = trial.winner
+        if settings.keep:  # after every entry, so that a search that is stopped has not been for nothing
+            found = {} if trial.winner is None else {tunable.id: {key: trial.winner}}
+            tables.write(file, name, found, how)
         forget(device)
     progress(len(entries), len(entries), "done")
-    result = {
+    return {
         "benchmark": "tune",
         "device": describe(device),
         "versions": versions(),
         "settings": {"dtype": settings.dtype, "rounds": settings.rounds, "most": settings.most},
         "clocks": {**moments, "after": clocks(device)},
         "entries": trials,
-        "file": None,
+        "file": str(file) if settings.keep else None,
     }
-    if settings.keep and chosen:
-        file = settings.out or tables.kept_file(name)
-        tables.write(file, name, chosen, {"versions": versions(), "dtype": settings.dtype, "rounds": settings.rounds})
-        result["file"] = str(file)
-    return result
 
 
 def _entries(settings: Settings, serving: Mapping[str, Kernel], device: torch.device) -> list[tuple[Tunable, Any]]:
