@@ -1,10 +1,16 @@
 """Requests of the Azure conversation trace, simulated and served: how far apart are the two?
 
 The embedded model's steps are calibrated (or a card is given). A closed loop over the trace's requests tells what the
-machine serves at most; then the trace's own arrivals, stretched to a share of that, are served for real `--rounds`
-times and simulated once, on the same scheduler with the same settings. The real side is the median of its last rounds;
-rounds are added while they differ among each other by more than half of what the simulation may be off, because then
-the machine and not the simulation is what is seen. Every step's prediction stands beside its time as well.
+machine serves at most; then the trace's own arrivals, stretched to a share of that, are served for real and simulated
+on the same scheduler with the same settings. At such a load the medians are steep: arrivals come in bursts, and a
+machine that is slower by 1 % has a median TTFT and TPOT 10 to 20 % higher (--slower shows it). So the two
+are compared at the same speed: every round of arrivals has a closed loop before it, whose rate its arrivals are
+stretched by, and one behind it; the card's seconds are scaled, all alike, so that a simulated closed loop has the mean
+rate of these two. What the card itself says of the closed loop is a line of its own.
+
+Rounds are added while the last ones differ among each other by more than half of what the simulation may be off,
+because then the machine and not the simulation is what is seen. If they never agree, the median over all rounds counts
+where its interval leaves no doubt. Every step's prediction stands beside its time as well.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import checkpoint
-from benchmarks.record import Record, losing, parser, seconds, use_threads
+from benchmarks.record import Record, interval, losing, parser, seconds, use_threads
 from benchmarks.trace import azure_jobs, spread
 from ridgeline import LLM
 from ridgeline.core.step import StepRecord
@@ -59,18 +65,41 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--seats", type=int, default=64, help="requests in a step at most, and in the closed loop")
     result.add_argument("--max-model-len", type=int, help="longest sequence; the model's own if left out")
     result.add_argument("--card", type=Path, help="a card to predict by; if it is not there, it is made and kept there")
-    result.add_argument("--most-rounds", type=int, default=9, help="rounds at most, while they do not agree")
+    result.add_argument("--most-rounds", type=int, default=12, help="rounds at most, while they do not agree")
+    result.add_argument(
+        "--slower",
+        type=float,
+        nargs="+",
+        default=[0.98, 0.99, 1.0, 1.01, 1.02],
+        metavar="FACTOR",
+        help="simulate the first round's arrivals once more on a machine slower by these",
+    )
     result.add_argument("--only-card", action="store_true", help="calibrate, write the card and stop")
     return result
 
 
 @dataclass(frozen=True)
 class Run:
-    """One real run: what users felt, and every step."""
+    """What users felt, and every step."""
 
     served: list[Served]
     steps: list[StepRecord]
     report: Report
+
+
+@dataclass(frozen=True)
+class Round:
+    """Arrivals served for real and simulated. factor: how much slower the machine was than its card."""
+
+    real: Run
+    simulated: Run
+    factor: float
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """By the names of TOLERANCES, simulated over real, less one."""
+        real = figures(self.real.report)
+        return {name: value / real[name] - 1 for name, value in figures(self.simulated.report).items()}
 
 
 def measure(options: argparse.Namespace) -> Record:
@@ -86,12 +115,6 @@ def measure(options: argparse.Namespace) -> Record:
         if options.only_card:
             return record
         drive(llm.built.engine, jobs[:8], llm.built.spec.vocabulary, seed=99)  # warm
-        rate = closed_loop_rate(llm, jobs, options.seats, record)
-        span = len(jobs) / (options.load * rate)
-        arriving = [
-            Job(one.prompt_tokens, one.output_tokens, one.arrival_s)
-            for one in spread(azure_jobs(options.requests, options.scale), span)
-        ]
         record.settings = {
             "model": what,
             "dtype": "float32",
@@ -100,16 +123,12 @@ def measure(options: argparse.Namespace) -> Record:
             "prompt_tokens": sum(one.prompt_tokens for one in jobs),
             "output_tokens": sum(one.output_tokens for one in jobs),
             "max_num_seqs": options.seats,
-            "closed_loop_requests_per_s": rate,
             "load": options.load,
-            "arrivals_over_s": span,
             "card_sha256": card.sha256,
         }
-        simulated = simulated_run(llm, arriving, card)
-        record.observe("simulated")
-        runs = served_runs(llm, arriving, options, record)
-    compare(record, simulated, runs, options.rounds)
-    steps_beside(record, card, [one for run in runs for one in run.steps])
+        rounds = compared(llm, jobs, card, options, record)
+    compare(record, rounds, options.rounds)
+    steps_beside(record, card, [one for done in rounds for one in done.real.steps])
     record.timings["card"] = card.as_dict()
     return record
 
@@ -135,34 +154,77 @@ def card_for(llm: LLM, path: Path | None, record: Record) -> Card:
 def closed_loop_rate(llm: LLM, jobs: Sequence[Job], seats: int, record: Record) -> float:
     """Requests a second with always `seats` of them in the engine."""
     served = drive(llm.built.engine, jobs, llm.built.spec.vocabulary, seed=7, concurrency=seats)
-    found = report(served)
     record.observe("closed loop")
-    record.summary["closed loop"] = found.as_dict()
-    return found.request_rate
+    return report(served).request_rate
 
 
-def simulated_run(llm: LLM, jobs: Sequence[Job], card: Card) -> Run:
+def simulated_run(llm: LLM, jobs: Sequence[Job], card: Card, factor: float = 1.0, seats: int | None = None) -> Run:
+    """On a machine so much slower than its card; seats: a closed loop."""
     steps = Carded(card)
-    found = simulate(jobs, setting_of(llm.built), steps.device_s, steps.host_s, keep_steps=True)
+    found = simulate(
+        jobs,
+        setting_of(llm.built),
+        lambda spans, rows: factor * steps.device_s(spans, rows),
+        lambda plan: factor * steps.host_s(plan),
+        concurrency=seats,
+        keep_steps=True,
+    )
     return Run(found.served, found.steps, found.report)
 
 
-def served_runs(llm: LLM, jobs: Sequence[Job], options: argparse.Namespace, record: Record) -> list[Run]:
-    """Rounds on the wall's clock until the last ones agree, or as many as may be."""
-    runs: list[Run] = []
+def compared(llm: LLM, jobs: Sequence[Job], card: Card, options: argparse.Namespace, record: Record) -> list[Round]:
+    """Rounds on the wall's clock and simulated, until the last ones agree, or as many as may be."""
+    said = simulated_run(llm, jobs, card, seats=options.seats).report.request_rate
+    before = closed_loop_rate(llm, jobs, options.seats, record)
+    first, closed = before, [before]
+    rounds: list[Round] = []
     while True:
-        steps: list[StepRecord] = []
-        llm.built.engine.listeners.append(steps.append)
-        try:
-            served = drive(llm.built.engine, jobs, llm.built.spec.vocabulary, seed=1000 + len(runs))
-        finally:
-            llm.built.engine.listeners.remove(steps.append)
-        runs.append(Run(served, steps, report(served)))
-        record.observe(f"round {len(runs)}")
-        if len(runs) < options.rounds:
+        span = len(jobs) / (options.load * before)
+        arriving = [
+            Job(one.prompt_tokens, one.output_tokens, one.arrival_s)
+            for one in spread(azure_jobs(options.requests, options.scale), span)
+        ]
+        real = served_run(llm, arriving, len(rounds))
+        record.observe(f"round {len(rounds) + 1}")
+        behind = closed_loop_rate(llm, jobs, options.seats, record)
+        closed.append(behind)
+        factor = said / statistics.geometric_mean([before, behind])
+        rounds.append(Round(real, simulated_run(llm, arriving, card, factor), factor))
+        if len(rounds) == 1:
+            slower(llm, arriving, card, factor, options.slower, record)
+        before = behind
+        if len(rounds) < options.rounds:
             continue
-        if steady(runs[-options.rounds :]) or len(runs) >= max(options.most_rounds, options.rounds):
-            return runs
+        if steady(rounds[-options.rounds :]) or len(rounds) >= max(options.most_rounds, options.rounds):
+            break
+    record.summary["closed loops, requests/s"] = {"simulated": said, "real": closed}
+    error = said / first - 1
+    record.target("simulated closed loop against the first real one", "recorded", f"{error:+.1%}", None)
+    return rounds
+
+
+def served_run(llm: LLM, arriving: Sequence[Job], number: int) -> Run:
+    steps: list[StepRecord] = []
+    llm.built.engine.listeners.append(steps.append)
+    try:
+        served = drive(llm.built.engine, arriving, llm.built.spec.vocabulary, seed=1000 + number)
+    finally:
+        llm.built.engine.listeners.remove(steps.append)
+    return Run(served, steps, report(served))
+
+
+def slower(
+    llm: LLM, arriving: Sequence[Job], card: Card, factor: float, factors: Sequence[float], record: Record
+) -> None:
+    """How steep the figures are: the same arrivals on machines a little slower or faster."""
+    middle = figures(simulated_run(llm, arriving, card, factor).report)
+    cells = {}
+    for one in factors:
+        found = figures(simulated_run(llm, arriving, card, factor * one).report)
+        cells[f"{one:g}"] = {name: found[name] / middle[name] - 1 for name in found}
+    record.summary["simulated on a slower machine"] = cells
+    rows = [[f"{float(one) - 1:+.1%}", *(f"{found[name]:+.1%}" for name in TOLERANCES)] for one, found in cells.items()]
+    record.table("The same arrivals on a machine slower by", ["", *TOLERANCES], rows)
 
 
 def figures(found: Report) -> dict[str, float]:
@@ -178,50 +240,65 @@ def figures(found: Report) -> dict[str, float]:
     }
 
 
-def steady(runs: Sequence[Run]) -> bool:
-    """Whether rounds differ by no more than half of what the simulation may be off."""
-    return all(apart(runs, name) <= limit / 2 for name, limit in TOLERANCES.items())
+def steady(rounds: Sequence[Round]) -> bool:
+    """Whether rounds differ, at equal speed, by no more than half of what the simulation may be off."""
+    return all(apart(rounds, name) <= limit / 2 for name, limit in TOLERANCES.items())
 
 
-def apart(runs: Sequence[Run], name: str) -> float:
-    values = [figures(run.report)[name] for run in runs]
-    return (max(values) - min(values)) / statistics.median(values)
+def apart(rounds: Sequence[Round], name: str) -> float:
+    found = [done.errors[name] for done in rounds]
+    return max(found) - min(found)
 
 
-def compare(record: Record, simulated: Run, runs: Sequence[Run], rounds: int) -> None:
-    last = runs[-rounds:]
-    mine = figures(simulated.report)
+def verdict(errors: Sequence[float], limit: float, agree: bool) -> bool | None:
+    """Whether the median error is within the limit. None where rounds do not agree and its interval says either."""
+    middle, low, high = interval(errors)
+    if agree:
+        return abs(middle) <= limit
+    if -limit <= low <= high <= limit:
+        return True
+    return False if low > limit or high < -limit else None
+
+
+def compare(record: Record, rounds: Sequence[Round], last: int) -> None:
+    agree = steady(rounds[-last:])
+    judged = rounds[-last:] if agree else rounds
     rows, cells = [], {}
     for name, limit in TOLERANCES.items():
-        values = [figures(run.report)[name] for run in last]
-        real = statistics.median(values)
-        error = mine[name] / real - 1
+        errors = [done.errors[name] for done in judged]
+        middle, low, high = interval(errors)
+        met = verdict(errors, limit, agree)
+        real = statistics.median(figures(done.real.report)[name] for done in judged)
+        mine = statistics.median(figures(done.simulated.report)[name] for done in judged)
         form, scale = ("{:,.0f}", 1.0) if name.startswith("output") else ("{:.2f} ms", 1e3)
-        shown = [form.format(one * scale) for one in (mine[name], real)]
-        met, between = abs(error) <= limit, apart(last, name)
-        cells[name] = {"simulated": mine[name], "real": real, "rounds": values, "error": error, "apart": between}
-        rows.append([name, *shown, losing(f"{error:+.1%}", not met), f"{limit:.0%}", f"{between:.1%}"])
-        verdict = met if steady(last) else None  # rounds that differ by more than that judge nothing
-        record.target(f"simulated {name} against real", f"within {limit:.0%}", f"{error:+.1%}", verdict)
+        shown = [form.format(one * scale) for one in (mine, real)]
+        every = [{"simulated": figures(one.simulated.report)[name], "real": figures(one.real.report)[name]}
+                 for one in rounds]  # fmt: skip
+        cells[name] = {"rounds": every, "error": [middle, low, high], "apart": apart(rounds[-last:], name)}
+        said = f"{middle:+.1%} [{low:+.1%}, {high:+.1%}]"
+        rows.append([name, *shown, losing(said, met is False), f"{limit:.0%}", f"{apart(rounds[-last:], name):.1%}"])
+        record.target(f"simulated {name} against real", f"within {limit:.0%}", said, met)
     record.summary["simulated against real"] = cells
-    record.summary["simulated"] = simulated.report.as_dict()
-    record.summary["real"] = [run.report.as_dict() for run in runs]
+    record.summary["slower than the card, by round"] = [done.factor for done in rounds]
+    record.summary["simulated"] = [done.simulated.report.as_dict() for done in rounds]
+    record.summary["real"] = [done.real.report.as_dict() for done in rounds]
     record.table(
-        f"{len(simulated.served)} requests: simulated, and the median of {len(last)} real rounds",
-        ["", "simulated", "real", "error", "may be", "rounds apart"],
+        f"{len(rounds[0].simulated.served)} requests: simulated and real, medians of {len(judged)} rounds",
+        ["", "simulated", "real", "error", "may be", f"last {last} apart"],
         rows,
     )
-    if not steady(last):
+    if not agree:
         record.note(
-            f"after {len(runs)} rounds the last {len(last)} still differ by more than half of a tolerance: other work "
-            "on this machine is seen here, and the lines say little"
+            f"after {len(rounds)} rounds the last {last} still differ by more than half of a tolerance, so that the "
+            "median of all rounds is judged by its interval"
         )
-    record.timings["rounds, the simulated one first"] = [
+    record.timings["rounds"] = [
         {
             "first_token_s": seconds(one.ttft_s for one in run.served),
             "tpot_s": seconds(one.tpot_s or 0.0 for one in run.served),
         }
-        for run in [simulated, *runs]
+        for done in rounds
+        for run in (done.simulated, done.real)
     ]
 
 

@@ -7,6 +7,7 @@ learns here, and the host costs nothing but what those prices hold of it. Beside
 expected.
 
     python -m benchmarks.speculation_priced --prices benchmarks/results/h200/2026-11-28-speculation-1-3.json
+    python -m benchmarks.speculation_priced --prices benchmarks/results/h200/2026-11-28-speculation-many.json --batch 32
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from benchmarks.models import checkpoint
 from benchmarks.record import Record, parser, use_threads
-from benchmarks.speculating import NONE, Arm, Sides, apart, human_eval, settings
+from benchmarks.speculating import NONE, Arm, Sides, apart, cycled, human_eval, settings
 from ridgeline import LLM
 from ridgeline.core.step import StepRecord
 from ridgeline.engine.build import TREE_ROWS
@@ -60,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> Record:
 
 def arguments() -> argparse.ArgumentParser:
     result = parser(__doc__ or "", rounds=1)
-    result.add_argument("--prices", type=Path, required=True, help="a result of gpu_speculation at batch 1")
+    result.add_argument("--prices", type=Path, required=True, help="a result of gpu_speculation at that batch")
     result.add_argument("--prompts", type=Path, help="a file of HumanEval prompts, one JSON object a line")
-    result.add_argument("--prompts-count", type=int, default=16)
+    result.add_argument("--prompts-count", type=int, default=16, help="at batch 1")
+    result.add_argument("--batch", type=int, default=1, help="requests side by side")
     result.add_argument("--new", type=int, default=96, help="tokens of each request")
     result.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     return result
@@ -73,17 +75,21 @@ def measure(options: argparse.Namespace) -> Record:
     folder, what = checkpoint(options.model)
     record = Record("speculation-priced", options)
     config = {"method": "tree"} if options.model is None else {"method": "tree", "model": str(folder)}
-    settings_ = {"dtype": "float32", "device": "cpu", "max_num_seqs": 1, "enable_prefix_caching": False}
+    batch = options.batch
+    settings_ = {"dtype": "float32", "device": "cpu", "max_num_seqs": batch, "enable_prefix_caching": False}
     with LLM(folder, speculative_config=config, **settings_) as llm:
         record.settings = {"model": what, "prices": options.prices.name, "new_tokens": options.new, "dtype": "float32"}
-        prices = priced(llm, options.prices)
+        record.settings["batch"] = batch
+        prices = priced(llm, options.prices, batch)
         record.settings["seconds"] = {name: [one(1), one(33), one(65)] for name, one in prices.items()}
-        prompts, looping = apart(Sides(llm, [NONE]), human_eval(options.prompts), options.prompts_count, options.new)
+        wanted = options.prompts_count if batch == 1 else batch
+        prompts, looping = apart(Sides(llm, [NONE]), human_eval(options.prompts), wanted, options.new)
+        groups = [[prompt] for prompt in prompts] if batch == 1 else [cycled(prompts, batch)]
         record.settings["prompts_that_loop"] = f"{len(looping)} of {len(looping) + len(prompts)} that were looked at"
         for temperature in options.temperatures:
             rows = []
             for arm in ARMS:
-                found = run(Sides(llm, [arm]), arm, prompts, temperature, options.new, prices)
+                found = run(Sides(llm, [arm]), arm, groups, temperature, options.new, prices)
                 record.summary[f"{arm.name}, temperature {temperature:g}"] = found
                 rows.append([arm.name, *(f"{found[key]:.{digits}f}" for key, digits in COLUMNS.items())])
             record.table(f"Temperature {temperature:g}: {len(prompts)} prompts", ["", *COLUMNS], rows)
@@ -96,14 +102,14 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def priced(llm: LLM, path: Path) -> dict[str, Fixed]:
+def priced(llm: LLM, path: Path, batch: int) -> dict[str, Fixed]:
     """Give the engine's speculator a GPU's prices, and its draft model levels without the host."""
     told = json.loads(path.read_text(encoding="utf-8"))["summary"]
-    one = next(found for key, found in told.items() if key.startswith("batch 1,"))
+    one = next(found for key, found in told.items() if key.startswith(f"batch {batch},"))
     learned = {name: {int(rows): s for rows, s in points.items()} for name, points in one["learned"].items()}
     prices = {
         "seconds": Fixed(learned["with_trees_s"]),
-        "plain_seconds": Fixed({1: 1.0 / one["arms"][NONE.name]["tokens_per_s"][0]}),
+        "plain_seconds": Fixed({batch: batch / one["arms"][NONE.name]["tokens_per_s"][0]}),
         "draft_seconds": Fixed(learned["draft_s"]),
         "level_seconds": Fixed(learned["level_s"]),
     }
@@ -113,28 +119,28 @@ def priced(llm: LLM, path: Path) -> dict[str, Fixed]:
         setattr(speculator, name, price)
     (model,) = speculator.models
     width = -(-llm.built.config.max_model_len // model.block_size)
-    ops, sizes = model.table.ops("tree"), pass_sizes_up_to(1, TREE_ROWS)
+    ops, sizes = model.table.ops("tree"), pass_sizes_up_to(batch, TREE_ROWS)
     model.graphs = PassGraphs(model.model, model.pages, ops, model.device, model.block_size, sizes, width, WIDTH)
     places = model.graphs.proposed, model.graphs.chances
-    model.beams = Beams(model.model, model.pages, ops, model.device, model.block_size, 1, width, *places, EDGES)
+    model.beams = Beams(model.model, model.pages, ops, model.device, model.block_size, batch, width, *places, EDGES)
     return prices
 
 
 def run(
-    sides: Sides, arm: Arm, prompts: Sequence[str], temperature: float, new: int, prices: dict[str, Fixed]
+    sides: Sides, arm: Arm, groups: Sequence[list[str]], temperature: float, new: int, prices: dict[str, Fixed]
 ) -> dict[str, Any]:
-    """One arm on all prompts, after as many to learn chances from."""
+    """One arm on all groups of prompts, after as many to learn chances from."""
     engine, speculator = sides.llm.built.engine, sides.speculators[arm.name]
     assert speculator is not None
     (model,) = speculator.models
     tokens = steps = nodes = trees = levels = 0
     seconds = 0.0
     for number in range(WARM_ROUNDS + 1):
-        for prompt in prompts:
+        for prompts in groups:
             records: list[StepRecord] = []
             engine.listeners.append(records.append)
             passes = model.passes
-            found = sides.run(arm, [prompt], settings(temperature), new)
+            found = sides.run(arm, prompts, settings(temperature), new)
             engine.listeners.remove(records.append)
             if number < WARM_ROUNDS:
                 continue
@@ -143,16 +149,17 @@ def run(
             decoded = found.steps
             tokens, steps, nodes = tokens + found.tokens, steps + decoded, nodes + found.drafted
             trees, levels = trees + len(verified), levels + drafted
-            seconds += sum(prices["seconds"](1 + one.drafted) for one in verified)
-            seconds += max(0, decoded - len(verified)) * prices["plain_seconds"](1)
-            seconds += len(verified) * prices["draft_seconds"](1)
-            seconds += max(0, drafted - len(verified)) * prices["level_seconds"](1)
-    none = 1.0 / prices["plain_seconds"](1)
+            batch = len(prompts)
+            seconds += sum(prices["seconds"](batch + one.drafted) for one in verified)
+            seconds += max(0, decoded - len(verified)) * prices["plain_seconds"](batch)
+            seconds += len(verified) * prices["draft_seconds"](batch)
+            seconds += max(0, drafted - len(verified)) * prices["level_seconds"](batch)
+    none = batch / prices["plain_seconds"](batch)
     return {
         "tokens_per_s": tokens / seconds,
         "over_none": tokens / seconds / none,
-        "tokens_a_step": tokens / steps,
-        "nodes_a_step": nodes / steps,
+        "tokens_a_step": tokens / steps / batch,
+        "nodes_a_step": nodes / steps / batch,
         "levels_a_draft": levels / max(1, trees),
         "expected_tokens_per_s": speculator.sizes.tokens_per_s if speculator.sizes is not None else 0.0,
     }

@@ -75,16 +75,20 @@ def test_simulate(bench: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     card = tmp_path / "card.json"
     result = bench(simulate_cpu, "--card", str(card))
     lines = {f"simulated {name} against real": limit for name, limit in simulate_cpu.TOLERANCES.items()}
-    assert {one["line"]: one["target"] for one in result["targets"]} == {
+    assert {one["line"]: one["target"] for one in result["targets"][1:]} == {
         line: f"within {limit:.0%}" for line, limit in lines.items()
     }
     cells = result["summary"]["simulated against real"]
     for name, cell in cells.items():
-        assert cell["error"] == pytest.approx(cell["simulated"] / cell["real"] - 1)
+        (only,) = cell["rounds"]
+        assert cell["error"][0] == pytest.approx(only["simulated"] / only["real"] - 1)
         line = f"simulated {name} against real"
         met = next(one["met"] for one in result["targets"] if one["line"] == line)
-        assert met == (abs(cell["error"]) <= lines[line])
-    assert result["summary"]["real"][0]["output_tokens"] == result["summary"]["simulated"]["output_tokens"]
+        assert met == (abs(cell["error"][0]) <= lines[line])
+    loops = result["summary"]["closed loops, requests/s"]
+    (factor,) = result["summary"]["slower than the card, by round"]
+    assert factor == pytest.approx(loops["simulated"] / (loops["real"][0] * loops["real"][1]) ** 0.5)
+    assert result["summary"]["real"][0]["output_tokens"] == result["summary"]["simulated"][0]["output_tokens"]
     assert result["summary"]["steps"][-1]["kind"] == "all"
     assert load_card(card).sha256 == result["settings"]["card_sha256"]
     again = bench(simulate_cpu, "--card", str(card))
@@ -96,8 +100,20 @@ def test_rounds_are_added_until_they_agree() -> None:
         served = [Served(4, 0.0, [0.1, 0.1 + 1 / rate])]
         return simulate_cpu.Run(served, [], report(served))
 
-    assert simulate_cpu.steady([run(10.0), run(10.1)])
-    assert not simulate_cpu.steady([run(10.0), run(11.0)])
+    def done(real: float, simulated: float) -> simulate_cpu.Round:
+        return simulate_cpu.Round(run(real), run(simulated), 1.0)
+
+    assert simulate_cpu.steady([done(10.0, 10.0), done(10.0, 10.1)])
+    assert simulate_cpu.steady([done(10.0, 10.0), done(20.0, 20.1)]), "the machine's own speed is no error"
+    assert not simulate_cpu.steady([done(10.0, 10.0), done(10.0, 11.0)])
+
+
+def test_a_verdict_that_noise_leaves_open_is_none() -> None:
+    assert simulate_cpu.verdict([0.04, 0.05, 0.06], 0.1, agree=True)
+    assert simulate_cpu.verdict([0.2, 0.2], 0.1, agree=True) is False
+    assert simulate_cpu.verdict([0.02, 0.09, 0.03, -0.02, 0.04, 0.05], 0.1, agree=False)
+    assert simulate_cpu.verdict([0.3, 0.2, 0.4, 0.25, 0.3], 0.1, agree=False) is False
+    assert simulate_cpu.verdict([0.3, -0.2, 0.05, 0.4, -0.3], 0.1, agree=False) is None
 
 
 def test_kv_cache(bench: Callable[..., dict[str, Any]]) -> None:

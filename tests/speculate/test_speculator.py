@@ -13,7 +13,7 @@ from ridgeline.core.step import Accepted, Chunk, Sampling, StepPlan, StepResult,
 from ridgeline.core.tree import ROOT, TokenTree
 from ridgeline.speculate.draft_model import Growth, Proposal
 from ridgeline.speculate.seconds import Seconds
-from ridgeline.speculate.speculator import PROBE_STEPS, Speculator
+from ridgeline.speculate.speculator import PROBE_STEPS, PROBED, Speculator
 
 CHEAP, DEAR = Seconds({1: 1.0, 64: 1.1}), Seconds({1: 1.0, 2: 9.0, 64: 99.0})
 PARAMS = SamplingParams(temperature=0.0)
@@ -32,6 +32,7 @@ class Drafter:
         self.now = 0.0
         self.passes: list[int] = []
         self.last_rows = 0
+        self.lacking: dict[str, int] = {}
 
     def clock(self) -> float:
         return self.now
@@ -49,14 +50,17 @@ class Drafter:
             proposed.append([Proposal(list(range(1, count + 1)), chances) for _ in growth.at])
         return proposed
 
+    def behind(self, request: Request, blocks: Sequence[int]) -> int:
+        return self.lacking.get(request.request_id, 1)
+
     def forget(self, request_id: str) -> None: ...
 
 
-def speculator(drafter: Drafter, seconds: Seconds, method: str = "tree") -> Speculator:
+def speculator(drafter: Drafter, seconds: Seconds, method: str = "tree", most_rows: int = 512) -> Speculator:
     model: Any = drafter
     asked = Speculation.of({"method": method})
     prices = seconds.copy(), Seconds({1: seconds(1), 99: 1.2}), Seconds({1: drafter.pass_s})
-    return Speculator(asked, [model], *prices, 512, drafter.clock)
+    return Speculator(asked, [model], *prices, most_rows, drafter.clock)
 
 
 def requests(*names: str) -> list[tuple[Request, int]]:
@@ -93,6 +97,38 @@ def test_where_trees_never_pay_one_is_tried_now_and_then() -> None:
     trees = [draft(one, requests("a")) for _ in range(3 * PROBE_STEPS)]
     assert 1 <= len(drafter.passes) <= 3
     assert sum(map(len, trees)) <= 3
+
+
+def test_one_is_tried_of_few_requests_that_lack_little() -> None:
+    """It stays in its step, though it is not worth its rows: it is there to be learned from."""
+    names = [f"r{number}" for number in range(4 * PROBED)]
+    drafter = Drafter()
+    drafter.lacking = {name: 100 - number for number, name in enumerate(names)}
+    one = speculator(drafter, DEAR)
+    trees = [draft(one, requests(*names)) for _ in range(PROBE_STEPS + 1)]
+    assert not any(trees[:-1])
+    assert set(trees[-1]) == set(names[-PROBED:])
+
+
+def test_rows_are_shared_out_to_all() -> None:
+    """Where a step has no room for as many nodes as each may have, nobody goes away empty."""
+    names = [f"r{number}" for number in range(16)]
+    trees = draft(speculator(Drafter(names, pass_s=0.001), CHEAP, most_rows=80), requests(*names))
+    assert set(trees) == set(names)
+    assert max(map(len, trees.values())) <= 4
+
+
+def test_drafts_that_are_never_worth_their_rows_are_given_up() -> None:
+    """What a draft was said to bring is held against nothing, then: no tree of it is ever verified."""
+    drafter = Drafter()
+    one = speculator(drafter, Seconds({1: 1.0, 2: 1.4, 64: 20.0}))
+    plain = StepPlan(1, (Chunk("a", [4], 3, [0], Sampling(PARAMS, 0, 4, [], 3)),))
+    for _ in range(60):
+        assert not draft(one, requests("a"))
+        one.learn(plan=plain, result=StepResult(), step_s=1.0)
+    assert drafter.passes
+    assert one.acceptance.trust < 0.9
+    assert not one.pays(1)
 
 
 def test_where_trees_pay_there_is_always_one() -> None:

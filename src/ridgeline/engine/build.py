@@ -315,10 +315,13 @@ def _speculator(
             for growth in growths:
                 model.forget(growth.request.request_id)
 
+    most_rows = max(TREE_ROWS, resolved.max_num_seqs)
     most = min(MOST_NODES, room - start - 1, resolved.max_num_batched_tokens - 1, TREE_ROWS - 1)
-    points = [nodes for nodes in PRICED_NODES if nodes <= most] or [1]
+    points = [(1, nodes) for nodes in PRICED_NODES if nodes <= most] or [(1, 1)]
+    if min(resolved.max_num_batched_tokens, most_rows) >= 2 * (1 + points[-1][1]) and resolved.max_num_seqs > 1:
+        points.append((2, points[-1][1]))  # beyond what one request can have, a step may cost far more
     counts = [count for count in PRICED_REQUESTS if count <= resolved.max_num_seqs]
-    seconds = {1 + nodes: _best_s(runner.device, lambda nodes=nodes: step(1, nodes)) for nodes in points}  # type: ignore[misc]
+    seconds = {n * (1 + nodes): _best_s(runner.device, lambda n=n, nodes=nodes: step(n, nodes)) for n, nodes in points}  # type: ignore[misc]
     plain = {count: _best_s(runner.device, lambda count=count: step(count, 0)) for count in counts}  # type: ignore[misc]
     drafts = {1: 0.0}
     if models:
@@ -333,13 +336,12 @@ def _speculator(
         )
         drafts = {**drafts, **ones}
         deep = Seconds({count: (several[count] - ones[count]) / (PRICED_LEVELS - 1) for count in counts})
-    most_rows = max(TREE_ROWS, resolved.max_num_seqs)
     prices = Seconds(seconds), Seconds(plain), Seconds(drafts)
     return Speculator(speculation, models, *prices, most_rows, level_seconds=deep)
 
 
 PRICED_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 255)
-PRICED_REQUESTS = (1, 4, 16, 64, 256)
+PRICED_REQUESTS = (1, 4, 8, 16, 32, 64, 128, 256)
 PRICED_LEVELS = 5
 SOME_NODES = 16
 """Rows of a drafting pass that are priced even for few requests: a pass computes several nodes of each."""

@@ -47,8 +47,9 @@ BREADTH = 16
 REFRESH_STEPS = 32
 """Sizes are chosen anew every so many steps, at first more often."""
 
-PROBE_STEPS = 128
-"""Without trees nothing is learned, so every so many steps a small one is tried."""
+PROBE_STEPS, PROBED = 128, 4
+"""Without trees nothing is learned, so every so many steps a small one is tried, of so many requests at most: a draft
+model first has to catch up with all that a request has said since."""
 
 CLOSE, SELDOM = 1.5, 0.5
 """And with trees nothing of steps without: where they bring less than so many times the tokens, one without is made
@@ -192,12 +193,14 @@ class Speculator:
         """Each hears of every verified tree."""
         self._clock = clock
         self._drafted: dict[str, _Drafted] = {}
+        self._tried: list[str] = []
+        """Requests of the last draft, whether or not anything of theirs was worth its rows."""
         self._indices: dict[str, SuffixIndex] = {}
         self._shapes: dict[int, Shape] = {}
         self._chosen: dict[tuple[int, int], Sizes] = {}
         self._stale_at = 0
         self._without = self._with = 0
-        self._seldom = False
+        self._seldom = self._probes = False
         self._rows = 0
         """Known tokens of the step that is drafted for."""
         self.last_draft_s = 0.0
@@ -232,7 +235,7 @@ class Speculator:
         room, deepest: what the scheduler grants. table: a request's blocks.
         """
         began = self._clock()
-        self._drafted = {}
+        self._drafted, self._tried = {}, []
         self._seldom = False
         self._rows = sum(new for _, new in chosen)
         self.sizes = None
@@ -243,7 +246,12 @@ class Speculator:
                 if depth > 0:
                     candidates.append((request, depth))
         if candidates:
-            sizes = self.sizes = self._sizes(len(candidates), self._rows - len(candidates))
+            sizes = self._sizes(len(candidates), self._rows - len(candidates))
+            self._probes = self.sized and sizes.depth == 0 and self._without >= PROBE_STEPS
+            if self._probes:
+                sizes = replace(sizes, depth=1, nodes=1, accepted=self.acceptance.by_depth(1, 0))
+                candidates = self._least_behind(candidates, table)
+            self.sizes = sizes
             if sizes.depth and not self._left_out(sizes):
                 self._without = 0
                 shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
@@ -252,13 +260,15 @@ class Speculator:
                 left = self.most_rows - len(chosen)
                 levels = self._levels(len(candidates), sizes)
                 slots = self._slots(len(candidates), len(levels))
-                for request, depth in candidates:
-                    nodes = room(request, min(most, left), slots) if left > 0 else 0
+                for place, (request, depth) in enumerate(candidates):
+                    fair = left // (len(candidates) - place)
+                    nodes = room(request, min(most, fair), slots) if fair else 0
                     if nodes:
                         most_depth = min(depth, DEEPEST if shaped else sizes.depth)
                         there = len(table(request.request_id)) * self._block_size - len(request.tokens) >= slots
                         growing.append(_Growing(request, most_depth, nodes, levels if there else (), len(candidates)))
                         left -= nodes
+                self._tried = [one.request.request_id for one in growing]
                 self._grow(growing, table, sizes)
             else:
                 self._without += 1
@@ -299,10 +309,18 @@ class Speculator:
         if asked.nodes is not None:
             depth = max(self._shape(asked.nodes).depths)
             return Sizes(depth, asked.nodes, 0.0, 0.0, 0.0, 0.0)
-        sizes = self._choose(requests, others)
-        if sizes.depth == 0 and self._without >= PROBE_STEPS:
-            return replace(sizes, depth=1, nodes=1, accepted=self.acceptance.by_depth(1, 0))
-        return sizes
+        return self._choose(requests, others)
+
+    def _least_behind(
+        self, candidates: Sequence[tuple[Request, int]], table: Callable[[str], Sequence[int]]
+    ) -> list[tuple[Request, int]]:
+        """The few of them that cost the least to draft for."""
+
+        def behind(candidate: tuple[Request, int]) -> int:
+            request = candidate[0]
+            return sum(model.behind(request, table(request.request_id)) for model in self.models)
+
+        return sorted(candidates, key=behind)[:PROBED]
 
     def _choose(self, requests: int, others: int) -> Sizes:
         """What the sizer says, as of some steps ago."""
@@ -494,7 +512,7 @@ class Speculator:
     def _kept(self, sketched: Sequence[_Sketched], growing: Sequence[_Growing]) -> list[_Drafted | None]:
         """The best nodes of each sketch as a tree; where the sizer decides, those that are worth their rows."""
         best = [sketch.best(grown.nodes) for (sketch, _), grown in zip(sketched, growing)]
-        if self.sized and self.sizes is not None and best:
+        if self.sized and self.sizes is not None and best and not self._probes:
             scores = [sketch.scores[node] for (sketch, _), nodes in zip(sketched, best) for node in nodes]
             least = least_worth(scores, self._rows, self.seconds, self.sizes.tokens_per_s)
             best = [
@@ -620,14 +638,17 @@ class Speculator:
                 self.plain_seconds.learn(plan.num_tokens, step_s, SELDOM if self._seldom else OWN)
         self.tally.steps += 1
         known = {chunk.request_id: chunk.start + len(chunk.token_ids) for chunk in plan.chunks if self.listeners}
+        if self.sized and self.sizes is not None:
+            planned = {chunk.request_id for chunk in plan.chunks}
+            for request_id in (one for one in self._tried if one in planned):
+                verified = result.accepted.get(request_id)
+                self.acceptance.compare(self.sizes.accepted, 0 if verified is None else len(verified.nodes))
         for request_id, drafted in self._drafted.items():
             accepted = result.accepted.get(request_id)
             if accepted is None:
                 continue
             nodes = accepted.nodes
             self.acceptance.learn(drafted.tree, drafted.ranks, drafted.chances, nodes)
-            if self.sized and self.sizes is not None:
-                self.acceptance.compare(self.sizes.accepted, len(nodes))
             self.tally.drafted += len(drafted.tree)
             self.tally.accepted += len(nodes)
             for node, source in enumerate(drafted.sources):
