@@ -103,7 +103,7 @@ def _held_out(held_out: dict[str, Any]) -> str:
 def paying(results: dict[str, Any]) -> str | None:
     """The further small model that gains enough beside the first one, combined in whichever way, to ship."""
     most: dict[str, float] = {}
-    for arm, value in results["pairs"]["judged"].items():
+    for arm, value in results.get("pairs", {}).get("judged", {}).items():
         names = arm.split(", ")[0].split(" + ")
         if len(names) == 2 and names[1] in results["second"]:
             most[names[1]] = max(value, most.get(names[1], 0.0))
@@ -268,7 +268,7 @@ def model_card(listing: dict[str, Any], results: dict[str, Any]) -> str:
         f"anywhere), each continued by the target for {accepted['continued_tokens']} tokens; mean over all continued "
         "positions, target and SSM given the same tokens. The first row is the chance that one drafted token is "
         "accepted in speculative sampling at temperature 1, the second in greedy decoding.",
-        *(("## Further small models", second_section(results)) if "pairs" in results else ()),
+        *(("## Further small models", second_section(results)) if paying(results) is not None else ()),
         "## Limits",
         "A model of this size has the form of Python, not its sense: names go astray, long programs lose the thread, "
         "English is poor, other languages are absent. It has seen 2,048 tokens at once and no more. It may repeat "

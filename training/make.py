@@ -45,7 +45,18 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def record(folder: Path, key: str, content: Any) -> None:
     """Adds one stage's numbers to `results.json`."""
-    (folder / "results.json").write_text(json.dumps({**recorded(folder), key: content}, indent=1) + "\n")
+    (folder / "results.json").write_text(laid_out({**recorded(folder), key: content}) + "\n")
+
+
+def laid_out(value: Any, levels: int = 5, indent: str = "") -> str:
+    """JSON, one entry a line down to so many levels; what lies below them shares a line."""
+    inner = indent + " "
+    if levels and value and isinstance(value, dict):
+        parts = [f"{inner}{json.dumps(str(key))}: {laid_out(one, levels - 1, inner)}" for key, one in value.items()]
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+    if levels and value and isinstance(value, list) and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(inner + laid_out(one, levels - 1, inner) for one in value) + f"\n{indent}]"
+    return json.dumps(value)
 
 
 def chosen_device() -> torch.device:
