@@ -75,7 +75,7 @@ PROGRAM = ("-c", "from ridgeline.cli.main import main; raise SystemExit(main())"
 
 
 def latency(options: argparse.Namespace) -> list[str]:
-    rungs = [word for rung in ("standard", "v1", "v2", "triton", "decode,sm90") for word in ("--attention", rung)]
+    rungs = [word for rung in ("standard", "v2", "triton", "decode,sm90") for word in ("--attention", rung)]
     few = ["--batch", "1", "--rounds", "2"] if options.quick else []
     return [*PROGRAM, "bench", "latency", *rungs, *few, "--out", str(options.out / "latency.json")]
 
@@ -105,7 +105,8 @@ STEPS = (
          benchmark("attention", "sweep", "--grouped", "--name", "attention-sweep")),
     Step("latency", 5, "whole models with each rung", latency),
     Step("decode-rungs", 2, "decode attention of every rung, standard among them",
-         benchmark("attention", "decode", "--name", "attention-decode-rungs")),
+         benchmark("attention", "decode", "--batch", "1", "32", "--sequence", "1024", "8192", "--rungs",
+                   "standard,v2,triton,decode", "--peers", "math,fa2", "--name", "attention-decode-rungs")),
     Step("tune", 8, "tables of tiles for this GPU", tune),
     Step("model", 8, "a card without a model, then held-out models beside it", benchmark("gpu_accuracy")),
     Step("model-later", 5, "the same with that card, anchored anew", accuracy_later, "model"),

@@ -16,6 +16,8 @@ from ridgeline.cli.main import application
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 SHORT = ("--prompt-len", "96", "--output-len", "24")
+POOL = ("--kv-cache-memory-bytes", str(256 << 20))
+"""Other tests may be on the same card."""
 
 
 def told(*arguments: str) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def told(*arguments: str) -> dict[str, Any]:
 def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibrated here, for the embedded model."""
     path = tmp_path_factory.mktemp("card") / "card.json"
-    made = told("calibrate", "--device", DEVICE, "--max-num-seqs", "16", "--allow-busy", "-o", str(path))
+    made = told("calibrate", "--device", DEVICE, *POOL, "--max-num-seqs", "16", "--allow-busy", "-o", str(path))
     assert made["captured"], "short prompts are captured on a GPU"
     return path
 
@@ -38,7 +40,9 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_card_says(card: Path, tmp_path: Path) -> None:
     """plan, explain, simulate and bench throughput with the card: pictures are made, and predictions are near."""
     picture = tmp_path / "explain.png"
-    explained = told("explain", "--device", DEVICE, *SHORT, "--batch", "8", "--card", str(card), "--plot", str(picture))
+    explained = told(
+        "explain", "--device", DEVICE, *POOL, *SHORT, "--batch", "8", "--card", str(card), "--plot", str(picture)
+    )
     decode = next(one for one in explained["steps"] if one["kind"] == "decode")
     assert decode["floor_s"] < decode["step_s"]
     assert decode["predicted"] is not None
@@ -47,7 +51,7 @@ def test_what_a_card_says(card: Path, tmp_path: Path) -> None:
     assert planned["calibrated"]["tpot_s"] > planned["decode"]["seconds"]
     few = ("--num-prompts", "12", "--request-rate", "20")
     simulated = told("simulate", *SHORT, *few, "--card", str(card))
-    served = told("bench", "throughput", "--device", DEVICE, *SHORT, *few, "--card", str(card))
+    served = told("bench", "throughput", "--device", DEVICE, *POOL, *SHORT, *few, "--card", str(card))
     assert simulated["output_tokens"] == served["runs"][0]["output_tokens"] == 12 * 24
 
 
@@ -59,7 +63,7 @@ def test_the_highest_rate_is_verified() -> None:
 
 @pytest.mark.parametrize("more", [(), ("--operators",), ("--attention", "decode,sm90", "--attention", "triton")])
 def test_profiles(more: tuple[str, ...]) -> None:
-    found = told("profile", "--device", DEVICE, *SHORT, *more)
+    found = told("profile", "--device", DEVICE, *POOL, *SHORT, *more)
     if "--attention" in more:
         assert [one["name"] for one in found["rungs"]] == ["decode,sm90", "triton"]
         assert all(one["copies"] == 0 for one in found["rungs"])
@@ -86,7 +90,7 @@ def test_kernels_are_listed_and_tuned(tmp_path: Path) -> None:
 
 
 def test_generate_explains_itself() -> None:
-    arguments = ["generate", "def add(a, b):", "--device", DEVICE, "--max-tokens", "16", "--explain"]
+    arguments = ["generate", "def add(a, b):", "--device", DEVICE, *POOL, "--max-tokens", "16", "--explain"]
     done = CliRunner().invoke(application, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert "%" in done.output

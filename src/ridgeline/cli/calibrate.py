@@ -30,6 +30,8 @@ def command(
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
+    gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the card goes.")] = Path("card.json"),
     machine: Annotated[
         bool, typer.Option("--machine", help="No model: ops of made-up shapes, for a card that any model is read by.")
@@ -58,6 +60,8 @@ def command(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        gpu_memory_utilization=gpu_memory_utilization,
     )
     with (
         LLM(model, **settings, enable_prefix_caching=False) as llm,

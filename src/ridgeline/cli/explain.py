@@ -46,6 +46,8 @@ def command(
     temperature: Annotated[float, typer.Option(help="Of the completions of texts; 0 is greedy.")] = 0.0,
     rounds: Annotated[int, typer.Option(help="Runs of the workload, watched and unwatched.")] = 3,
     max_model_len: options.MaxModelLen = None,
+    kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
+    gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
     card: options.CardFile = None,
     speculative_config: options.SpeculativeConfig = None,
     plot: options.Plot = None,
@@ -100,6 +102,8 @@ def command(
         kernels=kernels,
         load_format=load_format,
         max_model_len=max_model_len,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        gpu_memory_utilization=gpu_memory_utilization,
         speculative_config=speculative,
     )
     params = SamplingParams(temperature=temperature, max_tokens=output_len, seed=0)

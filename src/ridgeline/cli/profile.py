@@ -27,6 +27,8 @@ def command(
     kernels: options.Kernels = "auto",
     load_format: options.LoadFormat = "auto",
     max_model_len: options.MaxModelLen = None,
+    kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
+    gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
     prompt_len: Annotated[int, typer.Option(help="Prompt tokens before the profiler looks.")] = 64,
     output_len: Annotated[int, typer.Option(help="Decoded tokens that are profiled.")] = 32,
     top: Annotated[int, typer.Option(help="Operators to list.")] = 12,
@@ -49,7 +51,13 @@ def command(
         if value < 1:
             raise InvalidArgument(name, f"must be at least 1, not {value}")
     settings = options.engine_settings(
-        dtype=dtype, device=device, kernels=kernels, load_format=load_format, max_model_len=max_model_len
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        load_format=load_format,
+        max_model_len=max_model_len,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        gpu_memory_utilization=gpu_memory_utilization,
     )
     if attention:
         if trace is not None or operators:
