@@ -3,10 +3,11 @@
 The embedded model's steps are calibrated (or a card is given). A closed loop over the trace's requests tells what the
 machine serves at most; then the trace's own arrivals, stretched to a share of that, are served for real and simulated
 on the same scheduler with the same settings. At such a load the medians are steep: arrivals come in bursts, and a
-machine that is slower by 1 % has a median TTFT and TPOT 10 to 20 % higher (--slower shows it). So the two
-are compared at the same speed: every round of arrivals has a closed loop before it, whose rate its arrivals are
-stretched by, and one behind it; the card's seconds are scaled, all alike, so that a simulated closed loop has the mean
-rate of these two. What the card itself says of the closed loop is a line of its own.
+machine that is slower by 1 % has a median TTFT and TPOT 10 to 20 % higher (--slower shows it). So the two are compared
+at the same speed: every round of arrivals has a closed loop before it, whose rate its arrivals are stretched by, and
+one behind it, and the steps of these two say how much slower the machine was than its card, by kind of step. That is
+what the lines are judged by. Beside it stands the simulation at the speed of the round's own steps, which leaves
+nothing to be off but queues and batches, and what the card alone says of the closed loop.
 
 Rounds are added while the last ones differ among each other by more than half of what the simulation may be off,
 because then the machine and not the simulation is what is seen. If they never agree, the median over all rounds counts
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from benchmarks.models import checkpoint
 from benchmarks.record import Record, interval, losing, parser, seconds, use_threads
 from benchmarks.trace import azure_jobs, spread
 from ridgeline import LLM
-from ridgeline.core.step import StepRecord
+from ridgeline.core.step import Spans, StepRecord
 from ridgeline.perf.card import Card, load_card
 from ridgeline.study.calibrate import calibrate
 from ridgeline.study.predicted import PredictedSteps
@@ -88,18 +90,53 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How much slower a machine is than its card. device: by kind of step; host: what lies around them."""
+
+    device: dict[str, float]
+    host: float
+
+    @classmethod
+    def of(cls, card: Card, steps: Sequence[StepRecord]) -> Speed:
+        said: Counter[str] = Counter()
+        took: Counter[str] = Counter()
+        for one in steps:
+            spans = Spans(*zip(*one.spans))
+            for kind in (kind_of(spans), "all"):
+                said[kind] += card.device_s(spans, one.rows)
+                took[kind] += one.device_s
+        host = sum(card.host_step_s + card.host_request_s * len(one.spans) for one in steps)
+        device = {kind: took[kind] / said[kind] for kind in said}
+        return cls(device, sum(one.host_s for one in steps) / host)
+
+    def slower(self, factor: float) -> Speed:
+        return Speed({kind: factor * one for kind, one in self.device.items()}, factor * self.host)
+
+
+def kind_of(spans: Spans) -> str:
+    if max(spans.new) == 1:
+        return "decode"
+    return "mixed" if min(spans.new) == 1 else "prefill"
+
+
+@dataclass(frozen=True)
 class Round:
-    """Arrivals served for real and simulated. factor: how much slower the machine was than its card."""
+    """Arrivals served for real and simulated. alike: at the speed of the real one's own steps."""
 
     real: Run
     simulated: Run
-    factor: float
+    alike: Run
+    speed: Speed
 
     @property
     def errors(self) -> dict[str, float]:
-        """By the names of TOLERANCES, simulated over real, less one."""
-        real = figures(self.real.report)
-        return {name: value / real[name] - 1 for name, value in figures(self.simulated.report).items()}
+        return errors_of(self.simulated, self.real)
+
+
+def errors_of(simulated: Run, real: Run) -> dict[str, float]:
+    """By the names of TOLERANCES, simulated over real, less one."""
+    found = figures(real.report)
+    return {name: value / found[name] - 1 for name, value in figures(simulated.report).items()}
 
 
 def measure(options: argparse.Namespace) -> Record:
@@ -151,76 +188,75 @@ def card_for(llm: LLM, path: Path | None, record: Record) -> Card:
     return card
 
 
-def closed_loop_rate(llm: LLM, jobs: Sequence[Job], seats: int, record: Record) -> float:
-    """Requests a second with always `seats` of them in the engine."""
-    served = drive(llm.built.engine, jobs, llm.built.spec.vocabulary, seed=7, concurrency=seats)
-    record.observe("closed loop")
-    return report(served).request_rate
-
-
-def simulated_run(llm: LLM, jobs: Sequence[Job], card: Card, factor: float = 1.0, seats: int | None = None) -> Run:
-    """On a machine so much slower than its card; seats: a closed loop."""
-    steps = Carded(card)
+def simulated_run(llm: LLM, jobs: Sequence[Job], card: Card, speed: Speed, seats: int | None = None) -> Run:
+    """On a machine of that speed; seats: a closed loop."""
+    steps, every = Carded(card), speed.device["all"]
     found = simulate(
         jobs,
         setting_of(llm.built),
-        lambda spans, rows: factor * steps.device_s(spans, rows),
-        lambda plan: factor * steps.host_s(plan),
+        lambda spans, rows: speed.device.get(kind_of(spans), every) * steps.device_s(spans, rows),
+        lambda plan: speed.host * steps.host_s(plan),
         concurrency=seats,
         keep_steps=True,
     )
     return Run(found.served, found.steps, found.report)
 
 
-def compared(llm: LLM, jobs: Sequence[Job], card: Card, options: argparse.Namespace, record: Record) -> list[Round]:
-    """Rounds on the wall's clock and simulated, until the last ones agree, or as many as may be."""
-    said = simulated_run(llm, jobs, card, seats=options.seats).report.request_rate
-    before = closed_loop_rate(llm, jobs, options.seats, record)
-    first, closed = before, [before]
-    rounds: list[Round] = []
-    while True:
-        span = len(jobs) / (options.load * before)
-        arriving = [
-            Job(one.prompt_tokens, one.output_tokens, one.arrival_s)
-            for one in spread(azure_jobs(options.requests, options.scale), span)
-        ]
-        real = served_run(llm, arriving, len(rounds))
-        record.observe(f"round {len(rounds) + 1}")
-        behind = closed_loop_rate(llm, jobs, options.seats, record)
-        closed.append(behind)
-        factor = said / statistics.geometric_mean([before, behind])
-        rounds.append(Round(real, simulated_run(llm, arriving, card, factor), factor))
-        if len(rounds) == 1:
-            slower(llm, arriving, card, factor, options.slower, record)
-        before = behind
-        if len(rounds) < options.rounds:
-            continue
-        if steady(rounds[-options.rounds :]) or len(rounds) >= max(options.most_rounds, options.rounds):
-            break
-    record.summary["closed loops, requests/s"] = {"simulated": said, "real": closed}
-    error = said / first - 1
-    record.target("simulated closed loop against the first real one", "recorded", f"{error:+.1%}", None)
-    return rounds
+AS_THE_CARD = Speed({"all": 1.0}, 1.0)
 
 
-def served_run(llm: LLM, arriving: Sequence[Job], number: int) -> Run:
+def real_run(llm: LLM, jobs: Sequence[Job], seed: int, seats: int | None = None) -> Run:
+    """On this machine; seats: a closed loop."""
     steps: list[StepRecord] = []
     llm.built.engine.listeners.append(steps.append)
     try:
-        served = drive(llm.built.engine, arriving, llm.built.spec.vocabulary, seed=1000 + number)
+        served = drive(llm.built.engine, jobs, llm.built.spec.vocabulary, seed=seed, concurrency=seats)
     finally:
         llm.built.engine.listeners.remove(steps.append)
     return Run(served, steps, report(served))
 
 
+def compared(llm: LLM, jobs: Sequence[Job], card: Card, options: argparse.Namespace, record: Record) -> list[Round]:
+    """Rounds on the wall's clock and simulated, until the last ones agree, or as many as may be."""
+    loops = [real_run(llm, jobs, 7, options.seats)]
+    record.observe("closed loop")
+    rounds: list[Round] = []
+    while True:
+        span = len(jobs) / (options.load * loops[-1].report.request_rate)
+        arriving = [
+            Job(one.prompt_tokens, one.output_tokens, one.arrival_s)
+            for one in spread(azure_jobs(options.requests, options.scale), span)
+        ]
+        real = real_run(llm, arriving, 1000 + len(rounds))
+        record.observe(f"round {len(rounds) + 1}")
+        loops.append(real_run(llm, jobs, 7, options.seats))
+        speed = Speed.of(card, [*loops[-2].steps, *loops[-1].steps])
+        alike = simulated_run(llm, arriving, card, Speed.of(card, real.steps))
+        rounds.append(Round(real, simulated_run(llm, arriving, card, speed), alike, speed))
+        if len(rounds) == 1:
+            slower(llm, arriving, card, speed, options.slower, record)
+        if len(rounds) < options.rounds:
+            continue
+        if steady(rounds[-options.rounds :]) or len(rounds) >= max(options.most_rounds, options.rounds):
+            break
+    said = simulated_run(llm, jobs, card, AS_THE_CARD, options.seats).report.request_rate
+    anchored = simulated_run(llm, jobs, card, rounds[0].speed, options.seats).report.request_rate
+    found = [one.report.request_rate for one in loops]
+    record.summary["closed loops, requests/s"] = {"by the card": said, "at its speed": anchored, "real": found}
+    for what, rate in (("by the card", said), ("at the speed of its steps", anchored)):
+        error = rate / statistics.geometric_mean(found[:2]) - 1
+        record.target(f"closed loop simulated {what}, against real", "recorded", f"{error:+.1%}", None)
+    return rounds
+
+
 def slower(
-    llm: LLM, arriving: Sequence[Job], card: Card, factor: float, factors: Sequence[float], record: Record
+    llm: LLM, arriving: Sequence[Job], card: Card, speed: Speed, factors: Sequence[float], record: Record
 ) -> None:
     """How steep the figures are: the same arrivals on machines a little slower or faster."""
-    middle = figures(simulated_run(llm, arriving, card, factor).report)
+    middle = figures(simulated_run(llm, arriving, card, speed).report)
     cells = {}
     for one in factors:
-        found = figures(simulated_run(llm, arriving, card, factor * one).report)
+        found = figures(simulated_run(llm, arriving, card, speed.slower(one)).report)
         cells[f"{one:g}"] = {name: found[name] / middle[name] - 1 for name in found}
     record.summary["simulated on a slower machine"] = cells
     rows = [[f"{float(one) - 1:+.1%}", *(f"{found[name]:+.1%}" for name in TOLERANCES)] for one, found in cells.items()]
@@ -272,19 +308,26 @@ def compare(record: Record, rounds: Sequence[Round], last: int) -> None:
         mine = statistics.median(figures(done.simulated.report)[name] for done in judged)
         form, scale = ("{:,.0f}", 1.0) if name.startswith("output") else ("{:.2f} ms", 1e3)
         shown = [form.format(one * scale) for one in (mine, real)]
-        every = [{"simulated": figures(one.simulated.report)[name], "real": figures(one.real.report)[name]}
-                 for one in rounds]  # fmt: skip
-        cells[name] = {"rounds": every, "error": [middle, low, high], "apart": apart(rounds[-last:], name)}
-        said = f"{middle:+.1%} [{low:+.1%}, {high:+.1%}]"
-        rows.append([name, *shown, losing(said, met is False), f"{limit:.0%}", f"{apart(rounds[-last:], name):.1%}"])
+        every = [
+            {"simulated": figures(one.simulated.report)[name], "real": figures(one.real.report)[name],
+             "at its own speed": figures(one.alike.report)[name]}
+            for one in rounds
+        ]  # fmt: skip
+        alike = interval([errors_of(done.alike, done.real)[name] for done in rounds])
+        between = apart(rounds[-last:], name)
+        cells[name] = {"rounds": every, "error": [middle, low, high], "apart": between, "at its own speed": list(alike)}
+        said, own = (f"{one:+.1%} [{least:+.1%}, {most:+.1%}]" for one, least, most in ((middle, low, high), alike))
+        rows.append([name, *shown, losing(said, met is False), f"{limit:.0%}", f"{between:.1%}", own])
         record.target(f"simulated {name} against real", f"within {limit:.0%}", said, met)
     record.summary["simulated against real"] = cells
-    record.summary["slower than the card, by round"] = [done.factor for done in rounds]
+    record.summary["slower than the card, by round"] = [
+        {**done.speed.device, "host": done.speed.host} for done in rounds
+    ]
     record.summary["simulated"] = [done.simulated.report.as_dict() for done in rounds]
     record.summary["real"] = [done.real.report.as_dict() for done in rounds]
     record.table(
         f"{len(rounds[0].simulated.served)} requests: simulated and real, medians of {len(judged)} rounds",
-        ["", "simulated", "real", "error", "may be", f"last {last} apart"],
+        ["", "simulated", "real", "error", "may be", f"last {last} apart", f"at its own speed, {len(rounds)} rounds"],
         rows,
     )
     if not agree:
