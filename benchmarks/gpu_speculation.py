@@ -97,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> Record | None:
     options = arguments().parse_args(argv)
     if options.quick:
         options.batches, options.new, options.rounds, options.prompts_count = [1, 3], 12, 2, 2
+    known = {arm.name: None for arm in (*ALONE, *BESIDE) if arm.config and not arm.sized}
+    for name in options.static:
+        if name not in known:
+            raise SystemExit(f"--static: there is no {name!r}, but {', '.join(known)}")
     if options.results:
         draw(options)
         return None
@@ -148,6 +152,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--new", type=int, default=128, help="tokens of each request")
     result.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     result.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
+    result.add_argument("--static", nargs="+", default=[], metavar="ARM", help="of given sizes, these alone")
     result.add_argument("--hardware", help="the machine whose roofs the bound uses; this one if it is known")
     result.add_argument("--results", type=Path, nargs="+", help="results to draw, instead of measuring")
     result.add_argument("--name", default="gpu-speculation")
@@ -225,15 +230,21 @@ def fill_drafter(model: DraftModel, source: Path, adversary: bool) -> None:
                 place.copy_(original)
 
 
+def kept(arms: Sequence[Arm], static: Sequence[str]) -> tuple[Arm, ...]:
+    """Of arms with given sizes only those, if any are named."""
+    return tuple(arm for arm in arms if not static or arm.config is None or arm.sized or arm.name in static)
+
+
 def at_temperature(record: Record, llm: LLM, prompts: Sequence[str], temperature: float) -> None:
     """Every batch, and the curves."""
     options = record.options
     arms: tuple[Arm, ...] = ADVERSARY if options.adversary else merging(bool(options.second)) if options.merge else ()
-    sides = Sides(llm, arms or [*ALONE, *(arm for arm in BESIDE if arm not in ALONE)])
+    every = kept(arms or (*ALONE, *(arm for arm in BESIDE if arm not in ALONE)), options.static)
+    sides = Sides(llm, every)
     speedups: dict[str, dict[int, Any]] = {}
     for batch in options.batches:
         chosen = list(prompts[: options.prompts_count]) if batch == 1 else cycled(prompts, batch)
-        here = arms or (ALONE if batch == 1 else BESIDE)
+        here = tuple(arm for arm in arms or (ALONE if batch == 1 else BESIDE) if arm in every)
         title = f"batch {batch}, temperature {temperature:g}"
         sides.counts = {name: Counts() for name in sides.counts}
         found = compare(sides, here, batch, temperature, chosen, options.new, options.rounds)

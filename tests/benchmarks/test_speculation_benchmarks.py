@@ -103,6 +103,10 @@ def test_curves_of_runs_in_pieces(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pieces-t0.png"]
     with pytest.raises(SystemExit, match="--plots"):
         gpu_speculation.main(words)
+    with pytest.raises(SystemExit, match="no 'chain of 99', but chain of 1, chain of 2"):
+        gpu_speculation.main(["--static", "chain of 99"])
+    named = [arm.name for arm in gpu_speculation.kept(gpu_speculation.ALONE, ["chain of 6"])]
+    assert named == ["none", "tree, auto", "chain of 6"]
 
 
 def test_an_adversary_changes_nothing(bench: Bench) -> None:
