@@ -30,6 +30,17 @@ def logits(seed: int) -> torch.Tensor:
     return torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(seed))
 
 
+def test_numbers_are_laid_out_without_loss() -> None:
+    content = {
+        "pairs": {"reports": [{"arms": {"a": {"trees": {"2": {"accepted": 1.5}}}}, "rows": 3}], "none": []},
+        "x": None,
+    }
+    text = make.laid_out(content)
+    assert json.loads(text) == content
+    assert '"accepted": 1.5' in text
+    assert max(map(len, text.splitlines())) < 80
+
+
 def test_one_wide_model_costs_as_much_as_two() -> None:
     ratio = parameter_count(Llama(WIDE)) / (2 * parameter_count(Llama(SSM)))
     assert 0.99 <= ratio <= 1.0

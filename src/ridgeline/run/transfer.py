@@ -1,8 +1,8 @@
 """Bytes between the host's pinned memory and a GPU, in the order of the current stream.
 
 Knows the driver's two copies. It must not know what the bytes are. torch's `copy_` does the same, and keeps books about
-pinned memory besides, which costs the host more than the copy: several times in every step. Whoever calls keeps both
-ends alive, and the host's as it is, until the stream has come to the copy.
+pinned memory besides, several times in every step. Whoever calls keeps both ends alive, and the host's as it is, until
+the stream has come to the copy.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ TURNS = 4
 
 def to_device(target: torch.Tensor, source: torch.Tensor) -> None:
     """`source`, contiguous on the host, to as many bytes of the contiguous `target`."""
-    assert target.nbytes == source.nbytes
-    if target.device.type == "cpu":
-        target.copy_(source)
-        return
-    _checked(
-        _driver().cuMemcpyHtoDAsync_v2(target.data_ptr(), source.data_ptr(), source.nbytes, _stream(target.device))
-    )
+    _copy("cuMemcpyHtoDAsync_v2", target, source, target.device)
 
 
 def to_host(target: torch.Tensor, source: torch.Tensor) -> None:
     """`source`, contiguous on a device, to as many bytes of the contiguous `target` on the host."""
+    _copy("cuMemcpyDtoHAsync_v2", target, source, source.device)
+
+
+def _copy(name: str, target: torch.Tensor, source: torch.Tensor, device: torch.device) -> None:
     assert target.nbytes == source.nbytes
-    if source.device.type == "cpu":
+    assert target.is_contiguous()
+    assert source.is_contiguous()
+    if device.type == "cpu":
         target.copy_(source)
         return
-    _checked(
-        _driver().cuMemcpyDtoHAsync_v2(target.data_ptr(), source.data_ptr(), source.nbytes, _stream(source.device))
-    )
+    stream = torch.cuda.current_stream(device).cuda_stream
+    problem = getattr(_driver(), name)(target.data_ptr(), source.data_ptr(), source.nbytes, stream)
+    if problem:
+        raise RuntimeError(f"the CUDA driver could not copy between host and device (error {problem})")
 
 
 class Answers:
@@ -64,12 +65,3 @@ def _driver() -> Any:
     driver.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     driver.cuMemcpyDtoHAsync_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     return driver
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def _checked(problem: int) -> None:
-    if problem:
-        raise RuntimeError(f"the CUDA driver could not copy between host and device (error {problem})")

@@ -236,7 +236,7 @@ class Speculator:
         """
         began = self._clock()
         self._drafted, self._tried = {}, []
-        self._seldom = False
+        self._seldom = self._probes = False
         self._rows = sum(new for _, new in chosen)
         self.sizes = None
         candidates = []

@@ -1,6 +1,6 @@
-"""Small calls of one CUDA kernel, to be run under compute-sanitizer:
+"""Small calls of one kernel in CUDA C++, or of those in Triton, to be run under compute-sanitizer:
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 tests/kernels/cuda/cuda_sanitize.py v2
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 tests/kernels/sanitize.py v2
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from typing import Any
 import torch
 
 from ridgeline.kernels.cuda import decode, decode_wide, linear, merge
+from ridgeline.kernels.select import load_kernels
+from ridgeline.ops import REGISTRY
 from ridgeline.ops.attention import attention, attention_inputs
 from ridgeline.ops.weight import Weight
+from ridgeline.study.attention import tensors
+from ridgeline.study.attention.cases import Case
 
 NEW, VISIBLE, TAILS = (1, 70, 5, 0, 33), (1, 130, 3, 9, 200), (1, 40, 0, 0, 20)
 FEW, FEW_VISIBLE, FEW_TAILS = (1, 2, 1, 0, 3), (1, 130, 3, 9, 500), (1, 2, 0, 0, 3)
@@ -108,12 +112,47 @@ def few_tokens() -> int:
     return calls
 
 
+def triton_attention() -> int:
+    """Long prompts, split contexts, and the report's batches, whose last keys end where the memory does."""
+    load_kernels("cuda")
+    kernel, calls = attention.kernels["triton"], 0
+    for batch in ((NEW, VISIBLE, TAILS), (FEW, FEW_VISIBLE, FEW_TAILS)):
+        for call in arguments(*batch, (40, *HEAD_DIMS)):
+            kernel.call(**call)
+            calls += 1
+    for requests in (1, 4):
+        case = Case("report", requests, 8, 8, 64, 64, 64, False, "bfloat16")
+        kernel.call(**tensors.make(case, torch.device("cuda"))._asdict())
+        calls += 1
+    return calls
+
+
+def triton_examples() -> int:
+    """Every op's own examples but attention's."""
+    load_kernels("cuda")
+    calls = 0
+    for op in REGISTRY.values():
+        kernel = op.kernels.get("triton")
+        if kernel is None or op is attention:
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            if op.tolerance.get(str(dtype).removeprefix("torch.")) is None:
+                continue
+            for inputs in op.inputs("cuda", dtype):
+                if kernel.accepts is None or kernel.accepts(**inputs) is None:
+                    kernel.call(**inputs)
+                    calls += 1
+    return calls
+
+
 CASES: dict[str, Callable[[], int]] = {
     **{name: partial(rung, name) for name in ("v1", "v2", "sm90")},
     "decode": narrow,
     "decode_wide": wide,
     "merge": merged,
     "linear": few_tokens,
+    "triton-attention": triton_attention,
+    "triton-examples": triton_examples,
 }
 
 
