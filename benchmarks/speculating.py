@@ -189,7 +189,7 @@ class Sides:
         of drafting by requests, and of a level of drafts on the device."""
         one = self.speculators[name]
         assert one is not None
-        rows, requests = (2, 3, 5, 9, 17, 33, 65, 129, 256), (1, 4, 8, 16, 32, 64, 128, 256)
+        rows, requests = one.seconds.sizes or (2, 3, 5, 9, 17, 33, 65, 129, 256), (1, 4, 8, 16, 32, 64, 128, 256)
         return {
             "with_trees_s": {count: one.seconds(count) for count in rows},
             "plain_s": {count: one.plain_seconds(count) for count in requests},

@@ -25,7 +25,7 @@ from ridgeline import LLM
 from ridgeline.core.step import StepRecord
 from ridgeline.engine.build import TREE_ROWS
 from ridgeline.run.beams import Beams
-from ridgeline.run.graphs import PassGraphs, pass_sizes_up_to
+from ridgeline.run.graphs import ROWS, PassGraphs, pass_sizes_up_to
 from ridgeline.speculate.acceptance import EDGES
 from ridgeline.speculate.seconds import OWN, Seconds
 from ridgeline.speculate.speculator import WIDTH
@@ -47,7 +47,7 @@ class Fixed(Seconds):
     def drift(self, off: float) -> None: ...
 
     def copy(self) -> Fixed:
-        return Fixed({rows: self(rows) for rows in self._rows})
+        return Fixed({rows: self(rows) for rows in self._rows}, self.sizes)
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
@@ -108,7 +108,7 @@ def priced(llm: LLM, path: Path, batch: int) -> dict[str, Fixed]:
     one = next(found for key, found in told.items() if key.startswith(f"batch {batch},"))
     learned = {name: {int(rows): s for rows, s in points.items()} for name, points in one["learned"].items()}
     prices = {
-        "seconds": Fixed(learned["with_trees_s"]),
+        "seconds": Fixed(learned["with_trees_s"], ROWS if set(ROWS) <= set(learned["with_trees_s"]) else ()),
         "plain_seconds": Fixed({batch: batch / one["arms"][NONE.name]["tokens_per_s"][0]}),
         "draft_seconds": Fixed(learned["draft_s"]),
         "level_seconds": Fixed(learned["level_s"]),

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -78,7 +79,22 @@ def said(model: DraftModel, growth: Growth, path: Sequence[int], width: int) -> 
     return found[0][0].tolist(), found[1][0].tolist()
 
 
-def check(model: DraftModel, growth: Growth, found: Levels, widths: Sequence[int], beam: int) -> None:
+class Told(NamedTuple):
+    """The levels of one request."""
+
+    tokens: list[list[list[int]]]
+    chances: list[list[list[float]]]
+    chosen: list[list[int]]
+
+
+def each(found: Levels | None) -> list[Told]:
+    """Request by request."""
+    assert found is not None
+    parts = (found.tokens, found.chances, found.chosen)
+    return [Told(*(part[:, one].tolist() for part in parts)) for one in range(found.tokens.shape[1])]
+
+
+def check(model: DraftModel, growth: Growth, found: Told, widths: Sequence[int], beam: int) -> None:
     """Level by level: the model's own proposals behind each row's path, and the best of them as the next rows."""
     rows: list[tuple[list[int], float] | None] = [([], 1.0), *[None] * (beam - 1)]
     for level, width in enumerate(widths):
@@ -117,8 +133,7 @@ def test_what_the_model_says_behind_every_path(
     assert drafter.beams is not None
     growths = growing(count, SamplingParams(temperature=temperature))
     for _ in range(2):  # the second draft finds most of the text computed
-        found = drafter.levels(growths, widths, ODDS)
-        assert found is not None
+        found = each(drafter.levels(growths, widths, ODDS))
         for growth, one in zip(growths, found):
             check(drafter, growth, one, widths, drafter.beams.beam(count))
         for growth, one in zip(growths, found):
@@ -134,9 +149,8 @@ def test_the_deepest_draft_stays_within_its_slots(drafter: DraftModel) -> None:
     assert need == 8 * (DEEPEST - 1)
     growth = Growth(growths[0].request, list(range(1, 1 + BLOCKS)), need)
     before = [page.clone() for page in (*drafter.pages.keys, *drafter.pages.values)]
-    found = drafter.levels([growth], (4,) * DEEPEST, ODDS)
-    assert found is not None
-    check(drafter, growth, found[0], (4,) * DEEPEST, 8)
+    (found,) = each(drafter.levels([growth], (4,) * DEEPEST, ODDS))
+    check(drafter, growth, found, (4,) * DEEPEST, 8)
     last = -(-(12 + need) // BLOCK)
     for page, old in zip((*drafter.pages.keys, *drafter.pages.values), before):
         assert torch.equal(page[0], old[0])
@@ -149,8 +163,7 @@ def test_an_unlikely_draft_ends_early(drafter: DraftModel, count: int) -> None:
     came before is as it would have been."""
     widths = (4,) * DEEPEST
     params = SamplingParams(temperature=0.0)
-    whole = drafter.levels(growing(count, params), widths, LOW)
-    assert whole is not None
+    whole = each(drafter.levels(growing(count, params), widths, LOW))
     assert len(whole[0].tokens) == DEEPEST
     beam = drafter.beams.beam(count) if drafter.beams is not None else 0
     likely = [sum(values) for values in zip(*(chances_of(one, beam) for one in whole))]
@@ -162,14 +175,13 @@ def test_an_unlikely_draft_ends_early(drafter: DraftModel, count: int) -> None:
             if likely[level] < least:
                 expected = level + LATE
                 break
-        found = drafter.levels(growing(count, params), widths, LOW, least=least)
-        assert found is not None
+        found = each(drafter.levels(growing(count, params), widths, LOW, least=least))
         for one, other in zip(found, whole):
             assert len(one.tokens) == len(one.chances) == len(one.chosen) == expected
             assert (one.tokens, one.chosen) == (other.tokens[:expected], other.chosen[:expected])
 
 
-def chances_of(found: Levels, beam: int) -> list[float]:
+def chances_of(found: Told, beam: int) -> list[float]:
     """By level, what the chances of the rows come to that it chose."""
     above, sums = [1.0], []
     for chances, chosen in zip(found.chances, found.chosen):

@@ -53,3 +53,15 @@ def test_a_copy_learns_alone() -> None:
     before = seconds(1)
     other.learn(1, 3.0)
     assert seconds(1) == before < other(1)
+
+
+def test_rows_are_free_up_to_the_next_size() -> None:
+    """A step of 17 rows runs at 32, one of 16 at 16; beyond the last size there are straight lines again."""
+    seconds = Seconds({16: 1.0, 32: 1.5, 64: 2.5}, sizes=(16, 32, 64))
+    assert [seconds(rows) for rows in (1, 16, 17, 32, 33, 64, 96)] == pytest.approx([1.0, 1.0, 1.5, 1.5, 2.5, 2.5, 3.5])
+    for _ in range(300):
+        seconds.learn(17, 2.0)
+        seconds.learn(3, 1.0)
+    assert seconds(32) == pytest.approx(2.0, rel=0.05)
+    assert seconds(16) == pytest.approx(1.0, rel=0.05)
+    assert seconds.copy()(18) == seconds(32)

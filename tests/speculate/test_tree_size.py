@@ -147,6 +147,19 @@ def test_nodes_that_are_worth_their_rows(
     assert max(worth(len(kept) - more) for more in range(equals + 1)) >= max(map(worth, tried)) - 1e-9
 
 
+def test_steps_are_filled_up_to_a_jump() -> None:
+    """Rows 4 to 8 cost the same: a node that comes on top of such a row is free, the one behind it costs a jump."""
+    scores = [0.9, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02]
+
+    def target(rows: int) -> float:
+        return 1.0 if rows <= 4 else 1.5 if rows <= 8 else 5.0
+
+    assert least_worth(scores, 3, target, 1.0, (4, 8, 16)) == 0.1  # 1.0 for half a second
+    assert least_worth(scores, 3, target, 2.1, (4, 8, 16)) == 0.9  # the first one alone is free
+    assert least_worth(scores, 3, target, 0.01, (4, 8, 16)) == 0.02
+    assert least_worth(scores[4:], 4, target, 1.0, (4, 8, 16)) > 1
+
+
 def test_nothing_drafted_is_worth_nothing() -> None:
     assert least_worth([], 3, float, 1.0) > 1
     assert least_worth([0.5], 3, lambda rows: 1.0 * rows, 1.0) > 1

@@ -317,11 +317,19 @@ def _speculator(
 
     most_rows = max(TREE_ROWS, resolved.max_num_seqs)
     most = min(MOST_NODES, room - start - 1, resolved.max_num_batched_tokens - 1, TREE_ROWS - 1)
-    points = [(1, nodes) for nodes in PRICED_NODES if nodes <= most] or [(1, 1)]
-    if min(resolved.max_num_batched_tokens, most_rows) >= 2 * (1 + points[-1][1]) and resolved.max_num_seqs > 1:
-        points.append((2, points[-1][1]))  # beyond what one request can have, a step may cost far more
+    sizes = sorted({one.rows for one in runner.passes.sizes}) if runner.passes is not None else []
+    points = {}
+    for wanted in sizes or PRICED_ROWS:
+        # Large steps are those of several requests: one tree of so many rows would take longer.
+        requests = min(resolved.max_num_seqs, 1 if wanted <= ALONE else -(-wanted // EACH))
+        nodes = wanted // requests - 1
+        if 0 < nodes <= most and wanted <= min(resolved.max_num_batched_tokens, most_rows):
+            points[wanted if sizes else requests * (1 + nodes)] = requests, nodes
     counts = [count for count in PRICED_REQUESTS if count <= resolved.max_num_seqs]
-    seconds = {n * (1 + nodes): _best_s(runner.device, lambda n=n, nodes=nodes: step(n, nodes)) for n, nodes in points}  # type: ignore[misc]
+    seconds = {
+        wanted: _best_s(runner.device, lambda one=one: step(*one))  # type: ignore[misc]
+        for wanted, one in (points or {2: (1, 1)}).items()
+    }
     plain = {count: _best_s(runner.device, lambda count=count: step(count, 0)) for count in counts}  # type: ignore[misc]
     drafts = {1: 0.0}
     if models:
@@ -336,11 +344,14 @@ def _speculator(
         )
         drafts = {**drafts, **ones}
         deep = Seconds({count: (several[count] - ones[count]) / (PRICED_LEVELS - 1) for count in counts})
-    prices = Seconds(seconds), Seconds(plain), Seconds(drafts)
+    prices = Seconds(seconds, sizes), Seconds(plain), Seconds(drafts)
     return Speculator(speculation, models, *prices, most_rows, level_seconds=deep)
 
 
-PRICED_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 255)
+PRICED_ROWS = (2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 64, 128, 256, 512)
+"""Of a step with trees, where steps have no sizes of their own."""
+ALONE, EACH = 64, 16
+"""Up to so many rows are one request's when they are priced; beyond that, so many are each request's."""
 PRICED_REQUESTS = (1, 4, 8, 16, 32, 64, 128, 256)
 PRICED_LEVELS = 5
 SOME_NODES = 16

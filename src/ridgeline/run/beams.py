@@ -67,12 +67,16 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """Proposals of one request: tokens and chances [levels, beam, children]; chosen [levels, beam], which child (beam
-    row * children + rank) each row of the next level is, or -1. The first level has one row."""
+    """Proposals of all requests: tokens and chances [levels, requests, beam, children] int32 and fp32; chosen [levels,
+    requests, beam] int32, which child (beam row * children + rank) each row of the next level is, or -1. The first
+    level has one row."""
 
-    tokens: list[list[list[int]]]
-    chances: list[list[list[float]]]
-    chosen: list[list[int]]
+    tokens: np.ndarray
+    chances: np.ndarray
+    chosen: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(slots=True)
@@ -222,7 +226,7 @@ class Beams:
         odds: Any,
         among: int = 0,
         least: float = 0.0,
-    ) -> list[Levels]:
+    ) -> Levels:
         """As many levels as `widths` has entries, which say how many children count behind each row of a level, or
         fewer: none more is begun once the chances of the rows that it would compute, those of all requests together,
         are seen to be below `least`.
@@ -266,13 +270,12 @@ class Beams:
             self._looks[number].synchronize()
         return float(self._likely[number, : one.requests * one.beam].sum())
 
-    def _read(self, one: _Beam, told: np.ndarray, requests: int, levels: int) -> list[Levels]:
+    def _read(self, one: _Beam, told: np.ndarray, requests: int, levels: int) -> Levels:
+        """A copy: the next draft overwrites what is told."""
         children = self.children
-        cells = told.reshape(levels, one.requests, one.beam, 2 * children + 1)[:, :requests].transpose(1, 0, 2, 3)
-        tokens = cells[..., :children].tolist()
-        chances = np.ascontiguousarray(cells[..., children:-1]).view(np.float32).tolist()
-        chosen = cells[..., -1].tolist()
-        return [Levels(*parts) for parts in zip(tokens, chances, chosen)]
+        cells = told.reshape(levels, one.requests, one.beam, 2 * children + 1)[:, :requests].copy()
+        chances = np.ascontiguousarray(cells[..., children:-1]).view(np.float32)
+        return Levels(cells[..., :children], chances, cells[..., -1])
 
     def _write(self, one: _Beam, begun: Sequence[Begun], widths: Sequence[int], odds: Any) -> None:
         host, beam, count = one.host, one.beam, len(begun)

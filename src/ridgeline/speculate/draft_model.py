@@ -162,7 +162,7 @@ class DraftModel:
 
     def levels(
         self, growths: Sequence[Growth], widths: Sequence[int], odds: Any, among: int = 0, least: float = 0.0
-    ) -> list[Levels] | None:
+    ) -> Levels | None:
         """All levels of these drafts with one wait for the device, the first pass included: in each, `widths[level]`
         children count behind each row of a request's beam. None if that cannot be done here.
 
@@ -189,7 +189,7 @@ class DraftModel:
         self.last_rows = first
         passed = graphs.launch(chunks, [(one.row, one.sampling) for one in begun])
         levels = beams.draft(begun, passed, widths, odds, among, least)
-        self.passes += len(levels[0].tokens)
+        self.passes += len(levels)
         return levels
 
     def _chunk(self, growth: Growth) -> tuple[Chunk, list[int]]:

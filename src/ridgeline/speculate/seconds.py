@@ -5,6 +5,9 @@ machine: a few points are measured at start, and every step sharpens them.
 
 A choice compares numbers of rows, of which few are seen while it holds. So a reading moves all points a little
 (contexts grow, a machine slows down: that is common to all) and those beside it more.
+
+Steps that are captured have sizes, and up to the next one rows cost nothing: a straight line between two of them would
+say that a full step costs nearly what the next larger one does.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ OUTLIER = 3.0
 class Seconds:
     """A function of rows: measured points, straight lines between them, never falling."""
 
-    def __init__(self, points: dict[int, float]) -> None:
-        """points: rows -> seconds, at least one."""
+    def __init__(self, points: dict[int, float], sizes: Sequence[int] = ()) -> None:
+        """points: rows -> seconds, at least one. sizes: numbers of rows that steps are padded to."""
+        self.sizes = tuple(sorted(sizes))
         self._rows = sorted(points)
         self._points = [points[rows] for rows in self._rows]
         self._scale = 1.0
@@ -31,6 +35,7 @@ class Seconds:
 
     def __call__(self, rows: int) -> float:
         known, values = self._rows, self._values
+        rows = self._padded(rows)
         place = bisect_left(known, rows)
         if place < len(known) and known[place] == rows:
             return self._scale * values[place]
@@ -47,7 +52,11 @@ class Seconds:
 
     def copy(self) -> Seconds:
         """The same function, which learns by itself from here on."""
-        return Seconds({rows: self._scale * value for rows, value in zip(self._rows, self._points)})
+        return Seconds({rows: self._scale * value for rows, value in zip(self._rows, self._points)}, self.sizes)
+
+    def _padded(self, rows: int) -> int:
+        place = bisect_left(self.sizes, rows)
+        return self.sizes[place] if place < len(self.sizes) else rows
 
     def drift(self, off: float) -> None:
         """Something like it took so much more than expected, as a share of that."""
@@ -60,6 +69,7 @@ class Seconds:
             return
         off = min(seconds / expected, OUTLIER) - 1.0
         self.drift(off)
+        rows = self._padded(rows)
         place = bisect_left(self._rows, rows)
         exact = place < len(self._rows) and self._rows[place] == rows
         beside = range(place, place + 1) if exact else range(max(place - 1, 0), min(place + 1, len(self._rows)))

@@ -9,19 +9,20 @@ may follow the text, be pruned by any score, and be left out.
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from ridgeline.core.request import Request
 from ridgeline.core.speculation import Speculation
 from ridgeline.core.step import Accepted, StepPlan, StepResult
 from ridgeline.core.tree import MOST_NODES, ROOT, Sketch, TokenTree, merged
-from ridgeline.run.beams import Levels
 from ridgeline.run.verify import Draws, Path, Trial, seeded
-from ridgeline.speculate.acceptance import DEEPEST, EDGES, RANKS, Acceptance
+from ridgeline.speculate.acceptance import DEEPEST, RANKS, Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
 from ridgeline.speculate.ngram import SuffixIndex
+from ridgeline.speculate.nodes import Nodes, arranged, scored
 from ridgeline.speculate.seconds import OUTLIER, OWN, Seconds
 from ridgeline.speculate.tree_size import Shape, Sizes, choose_sizes, least_worth
 
@@ -34,12 +35,12 @@ WIDTH = 4
 CONSIDERED = 64
 """Nodes of a request's tree, when the sizer decides."""
 
-HOPELESS = 0.25
-"""Drafted nodes below such a part of the chance that the sizer counts with are not looked at again."""
+LEAST_SCORE = 1e-12
+"""What is less likely is no node."""
 
 ROOM = 2
-"""A request may have so many times the nodes that the sizer counts with, unless rows become dearer there: what is
-drafted decides, node by node."""
+"""A request may have so many times the nodes that the sizer counts with, unless rows become dearer there and drafting
+takes longer for them: what is drafted decides, node by node."""
 
 BREADTH = 16
 """Nodes of a level, at most, behind which a tree grows on."""
@@ -255,10 +256,11 @@ class Speculator:
             if sizes.depth and not self._left_out(sizes):
                 self._without = 0
                 shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
-                most = min(MOST_NODES, ROOM * sizes.nodes) if shaped and not sizes.ends_at_a_jump else sizes.nodes
+                levels = self._levels(len(candidates), sizes)
+                roomy = shaped and (bool(levels) or not sizes.ends_at_a_jump)  # nodes of a level cost nothing there
+                most = min(MOST_NODES, ROOM * sizes.nodes) if roomy else sizes.nodes
                 growing = []
                 left = self.most_rows - len(chosen)
-                levels = self._levels(len(candidates), sizes)
                 slots = self._slots(len(candidates), len(levels))
                 for place, (request, depth) in enumerate(candidates):
                     fair = left // (len(candidates) - place)
@@ -466,10 +468,10 @@ class Speculator:
         found = model.levels(growths, levels, odds, growing[0].among, least)
         if found is None:
             return None
-        sketched = [self._from_levels(one, grown, levels, odds, source, sizes) for one, grown in zip(found, growing)]
-        drafted = self._kept(sketched, growing)
+        depths = [min(one.depth, len(found)) for one in growing]
+        drafted = self._from_levels(scored(found, levels, depths, odds), [one.nodes for one in growing], source)
         if self.level_seconds is not None:
-            more = len(found[0].tokens) - 1
+            more = len(found) - 1
             expected = self.draft_seconds(len(growing)) + more * self.level_seconds(len(growing))
             took = len(self.models) * (self._clock() - began)
             off = min(took / expected, OUTLIER) - 1.0 if expected > 0 else 0.0
@@ -477,47 +479,39 @@ class Speculator:
             self.level_seconds.drift(off)
         return drafted
 
-    def _from_levels(
-        self,
-        found: Levels,
-        grown: _Growing,
-        widths: Sequence[int],
-        odds: Sequence[Sequence[float]],
-        source: int,
-        sizes: Sizes,
-    ) -> _Sketched:
-        """What the levels hold, without what is hopeless."""
-        sketch, noted = Sketch(), {}
-        skipped = (
-            0.0 if self.listeners or not self.sized else HOPELESS * sizes.least_chance
-        )  # whoever explains shows all
-        children = len(found.tokens[0][0])
-        rows: list[int | None] = [ROOT]
-        for level, width in enumerate(widths[: min(grown.depth, len(found.tokens))]):
-            made: dict[int, int] = {}
-            for row, parent in enumerate(rows):
-                if parent is None:
-                    continue
-                above = 1.0 if parent == ROOT else sketch.scores[parent]
-                for rank, (token, chance) in enumerate(
-                    zip(found.tokens[level][row][:width], found.chances[level][row][:width])
-                ):
-                    score = above * odds[rank][bisect_right(EDGES, chance)]
-                    if score >= skipped:
-                        node = made[row * children + rank] = sketch.add(token, parent, score)
-                        noted[node] = rank, chance, source
-            rows = [made.get(place) for place in found.chosen[level]]
-        return sketch, noted
+    def _from_levels(self, nodes: Nodes, most: Sequence[int], source: int) -> list[_Drafted | None]:
+        """Of each request's nodes the best, as a tree; where the sizer decides, those that are worth their rows."""
+        order, scores = nodes.best(most)
+        least = max(self._least(scores[scores > 0].tolist()), LEAST_SCORE)
+        counts = (scores >= least).sum(1).tolist()
+        result: list[_Drafted | None] = []
+        for request, count in enumerate(counts):
+            if not count:
+                result.append(None)
+                continue
+            kept = order[request, :count]
+            place = {ROOT: ROOT, **{node: at for at, node in enumerate(kept.tolist())}}
+            parents = [place[parent] for parent in nodes.parents[request, kept].tolist()]
+            tree, nodes_of = arranged(nodes.tokens[request, kept].tolist(), parents)
+            kept = kept[nodes_of]
+            ranks, chances = nodes.ranks[kept].tolist(), nodes.chances[request, kept].tolist()
+            drafted = _Drafted(tree, ranks, chances, [source] * count)
+            if self.listeners:
+                drafted.cut = _cut(nodes, request, kept.tolist())
+            result.append(drafted)
+        return result
+
+    def _least(self, scores: Sequence[float]) -> float:
+        """The score from which nodes of a step are worth their rows; 0 where nobody asks."""
+        if not self.sized or self.sizes is None or self._probes:
+            return 0.0
+        return least_worth(scores, self._rows, self.seconds, self.sizes.tokens_per_s, self.seconds.sizes)
 
     def _kept(self, sketched: Sequence[_Sketched], growing: Sequence[_Growing]) -> list[_Drafted | None]:
         """The best nodes of each sketch as a tree; where the sizer decides, those that are worth their rows."""
         best = [sketch.best(grown.nodes) for (sketch, _), grown in zip(sketched, growing)]
-        if self.sized and self.sizes is not None and best and not self._probes:
-            scores = [sketch.scores[node] for (sketch, _), nodes in zip(sketched, best) for node in nodes]
-            least = least_worth(scores, self._rows, self.seconds, self.sizes.tokens_per_s)
-            best = [
-                [node for node in nodes if sketch.scores[node] >= least] for (sketch, _), nodes in zip(sketched, best)
-            ]
+        least = self._least([sketch.scores[node] for (sketch, _), nodes in zip(sketched, best) for node in nodes])
+        best = [[node for node in nodes if sketch.scores[node] >= least] for (sketch, _), nodes in zip(sketched, best)]
         explained = bool(self.listeners)
         return [_arranged(sketch, nodes, noted, explained) for (sketch, noted), nodes in zip(sketched, best)]
 
@@ -700,6 +694,17 @@ def _arranged(
             if node not in place and parent in place:
                 drafted.cut[place[parent], sketch.tokens[node]] = noted[node][0]
     return drafted
+
+
+def _cut(nodes: Nodes, request: int, kept: Sequence[int]) -> Cut:
+    """What was proposed behind a tree's nodes and left out of it; kept: its nodes, in its order."""
+    place = {ROOT: ROOT, **{node: at for at, node in enumerate(kept)}}
+    left: Cut = {}
+    for node in np.flatnonzero(nodes.scores[request]).tolist():
+        parent = int(nodes.parents[request, node])
+        if node not in place and parent in place:
+            left[place[parent], int(nodes.tokens[request, node])] = int(nodes.ranks[node])
+    return left
 
 
 def _union(drafts: Sequence[_Drafted], nodes: int, explained: bool = False) -> _Drafted:

@@ -12,7 +12,8 @@ so for fixed and for pooled trees).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 Price = Callable[[int], float]
@@ -62,18 +63,23 @@ class Shape:
         )
 
 
-def least_worth(scores: Iterable[float], rows: int, target: Price, tokens_per_s: float) -> float:
+def least_worth(
+    scores: Iterable[float], rows: int, target: Price, tokens_per_s: float, sizes: Sequence[int] = ()
+) -> float:
     """The chance from which drafted nodes, those of all requests together, are worth their rows.
 
     scores: of every node, the chance that its whole path is accepted. rows: of the step without any node. A second is
     worth `tokens_per_s` tokens. Not each node's price counts, but that of as many as it takes: rows become dearer in
-    jumps, and cost nothing between them. Above 1 if none is.
+    jumps, and cost nothing between them. sizes: where those jumps are, if that is known: steps are filled up to them.
+    Above 1 if none is.
     """
     ordered = sorted(scores, reverse=True)
     without = target(rows)
     best, least, gained, count = 0.0, 2.0, 0.0, 0
     while count < len(ordered):
-        more = min(len(ordered), count + max(1, (rows + count) // COARSE))
+        place = bisect_right(sizes, rows + count)
+        further = sizes[place] - rows if place < len(sizes) else count + max(1, (rows + count) // COARSE)
+        more = min(len(ordered), further)
         gained += sum(ordered[count:more])
         count = more
         gain = gained - tokens_per_s * (target(rows + count) - without)
