@@ -241,6 +241,8 @@ def at_temperature(record: Record, llm: LLM, prompts: Sequence[str], temperature
     arms: tuple[Arm, ...] = ADVERSARY if options.adversary else merging(bool(options.second)) if options.merge else ()
     every = kept(arms or (*ALONE, *(arm for arm in BESIDE if arm not in ALONE)), options.static)
     sides = Sides(llm, every)
+    if not options.merge:
+        record.summary.setdefault("prices_at_start", sides.priced(AUTO))
     speedups: dict[str, dict[int, Any]] = {}
     for batch in options.batches:
         chosen = list(prompts[: options.prompts_count]) if batch == 1 else cycled(prompts, batch)

@@ -51,9 +51,8 @@ def test_ancestors_are_the_path_and_subtrees_are_ranges(tree: TokenTree) -> None
         assert {bit for bit in range(len(tree)) if mask >> bit & 1} == set(tree.path(node))
         below = [other for other in range(len(tree)) if node in tree.path(other)]
         assert below == list(range(node, node + len(below)))
-        words = tree.words(node, 2)
-        assert sum((word & 0xFFFFFFFF) << 32 * at for at, word in enumerate(words)) == mask
-        assert all(-(1 << 31) <= word < 1 << 31 for word in words)
+        assert int.from_bytes(tree.masks(8)[8 * node : 8 * node + 8], "little") == mask
+    assert len(tree.masks(8)) == 8 * len(tree)
     assert tree.positions(10) == [10 + len(tree.path(node)) for node in range(len(tree))]
 
 

@@ -102,11 +102,9 @@ class TokenTree:
         """Position of each node in its sequence, the root standing at `root`."""
         return [root + depth for depth in self.depths]
 
-    def words(self, node: int, count: int, bits: int = 32) -> list[int]:
-        """The ancestors of a node as `count` signed words of so many bits, lowest first."""
-        mask = self.ancestors[node]
-        unsigned = (mask >> bits * word & (1 << bits) - 1 for word in range(count))
-        return [part - (part >> bits - 1 << bits) for part in unsigned]
+    def masks(self, nbytes: int) -> bytes:
+        """The ancestors of each node as a bitmask of so many bytes, lowest first, one node after the other."""
+        return b"".join([mask.to_bytes(nbytes, "little") for mask in self.ancestors])
 
     def walk(self, chosen: Sequence[int]) -> list[int]:
         """The nodes that verification accepts, top down.

@@ -289,31 +289,38 @@ def _speculator(
     def sampling(position: int) -> Sampling:
         return Sampling(params, 0, position, [0], 1)
 
-    def step(requests: int, nodes: int) -> None:
+    def step(requests: int, nodes: int) -> Callable[[], None]:
         tree = TokenTree.chain(range(1, nodes + 1)) if nodes else None
         behind = [sampling(start + 2 + node) for node in range(nodes)]
         chunks = [
             Chunk(f"price/{i}", [0], start, blocks, sampling(start + 1), tree=tree, behind=behind)
             for i in range(requests)
         ]
-        with suppress(CheckpointError):
-            runner.run(StepPlan(0, tuple(chunks)))
 
-    def draft(requests: int, levels: int = 0) -> None:
+        def work() -> None:
+            with suppress(CheckpointError):
+                runner.run(StepPlan(0, tuple(chunks)))
+
+        return work
+
+    def draft(requests: int, levels: int = 0) -> Callable[[], None]:
         """One pass; or all of some levels on the device."""
         width = 1 if speculation.method == "draft_model" else WIDTH
-        for model in models:
-            growths = [
-                Growth(Request(f"price/{i}", [0] * (start + 1), 1, params, 1), blocks, 1) for i in range(requests)
-            ]
-            for growth in growths:
-                model.caught_up(growth.request, blocks)
-            if levels:
-                model.levels(growths, (width,) * levels, [[0.5] * (len(EDGES) + 1)] * WIDTH)
-            else:
-                model.propose(growths, width)
-            for growth in growths:
-                model.forget(growth.request.request_id)
+        several = [Request(f"price/{i}", [0] * (start + 1), 1, params, 1) for i in range(requests)]
+
+        def work() -> None:
+            for model in models:
+                growths = [Growth(one, blocks, 1) for one in several]
+                for one in several:
+                    model.caught_up(one, blocks)
+                if levels:
+                    model.levels(growths, (width,) * levels, [[0.5] * (len(EDGES) + 1)] * WIDTH)
+                else:
+                    model.propose(growths, width)
+                for one in several:
+                    model.forget(one.request_id)
+
+        return work
 
     most_rows = max(TREE_ROWS, resolved.max_num_seqs)
     most = min(MOST_NODES, room - start - 1, resolved.max_num_batched_tokens - 1, TREE_ROWS - 1)
@@ -326,21 +333,17 @@ def _speculator(
         if 0 < nodes <= most and wanted <= min(resolved.max_num_batched_tokens, most_rows):
             points[wanted if sizes else requests * (1 + nodes)] = requests, nodes
     counts = [count for count in PRICED_REQUESTS if count <= resolved.max_num_seqs]
-    seconds = {
-        wanted: _best_s(runner.device, lambda one=one: step(*one))  # type: ignore[misc]
-        for wanted, one in (points or {2: (1, 1)}).items()
-    }
-    plain = {count: _best_s(runner.device, lambda count=count: step(count, 0)) for count in counts}  # type: ignore[misc]
+    seconds = {wanted: _best_s(runner.device, step(*one)) for wanted, one in (points or {2: (1, 1)}).items()}
+    plain = {count: _best_s(runner.device, step(count, 0)) for count in counts}
     drafts = {1: 0.0}
     if models:
         rows = [count for count in PRICED_REQUESTS if count <= max(resolved.max_num_seqs, SOME_NODES)]
-        drafts = {count: _best_s(runner.device, lambda count=count: draft(count)) for count in rows}  # type: ignore[misc]
+        drafts = {count: _best_s(runner.device, draft(count)) for count in rows}
     deep = None
     beams = [model.beams for model in models]
     if beams and all(one is not None and start + 1 + one.slots(1, PRICED_LEVELS) <= room for one in beams):
         ones, several = (
-            {count: _best_s(runner.device, lambda n=count, d=depth: draft(n, d)) for count in counts}  # type: ignore[misc]
-            for depth in (1, PRICED_LEVELS)
+            {count: _best_s(runner.device, draft(count, depth)) for count in counts} for depth in (1, PRICED_LEVELS)
         )
         drafts = {**drafts, **ones}
         deep = Seconds({count: (several[count] - ones[count]) / (PRICED_LEVELS - 1) for count in counts})

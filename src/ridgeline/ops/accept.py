@@ -7,6 +7,7 @@ ancestors bear the token that was chosen behind their parents.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -101,9 +102,8 @@ def accept_inputs(
             ids.append(tree.tokens[node])
             parents.append(root + 1 + tree.parents[node])
             positions.append(position + tree.depths[node])
-            past = TokenTree.chain(range(WORD_BITS * words)).words(WORD_BITS * words - 1, words)
-            below = TokenTree.chain(range(WORD_BITS * words)).words(len(tree) - 1, words)
-            bits.append([own | all_ & ~tail for own, all_, tail in zip(tree.words(node, words), past, below)])
+            beyond = (1 << WORD_BITS * words) - (1 << len(tree))
+            bits.append(array("i", (tree.ancestors[node] | beyond).to_bytes(WORD_BITS * words // 8, "little")).tolist())
         starts.append(len(ids))
     total = len(ids) + room
     numbers = {

@@ -323,6 +323,7 @@ class PassGraphs:
         self._zeros = torch.zeros(rows, dtype=torch.int64, device=device)
         self._floats = torch.zeros(rows, dtype=torch.float32, device=device)
         self._passes = {one: self._placed(one, width, block_size) for one in self.sizes}
+        self._asked: tuple[Sequence[Chunk], PassSize | None] | None = None
 
     def _placed(self, size: PassSize, width: int, block_size: int) -> _Pass:
         nodes, words = size.nodes(self.most_nodes), size.words(self.most_nodes)
@@ -363,9 +364,12 @@ class PassGraphs:
 
     def size_for(self, chunks: Sequence[Chunk]) -> PassSize | None:
         """The smallest size that holds these, fewest rows first; None if there is none."""
-        rows, requests = sum(chunk.new for chunk in chunks), len(chunks)
-        nodes = max((0 if chunk.tree is None else len(chunk.tree) for chunk in chunks), default=0)
-        return next((size for size in holding(self.sizes, rows, requests) if self._passes[size].nodes >= nodes), None)
+        if self._asked is None or self._asked[0] is not chunks:  # whoever asks launches them next
+            trees = [0 if chunk.tree is None else len(chunk.tree.tokens) for chunk in chunks]
+            rows, nodes = sum([len(chunk.token_ids) for chunk in chunks]) + sum(trees), max(trees, default=0)
+            holders = holding(self.sizes, rows, len(chunks))
+            self._asked = chunks, next((size for size in holders if self._passes[size].nodes >= nodes), None)
+        return self._asked[1]
 
     def serves(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is one of verification that fits: a known token and perhaps a tree each, whose rows are all

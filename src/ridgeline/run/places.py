@@ -288,8 +288,8 @@ class PassStaging:
         slots: list[int] = []
         starts: list[int] = []
         tails: list[int] = []
-        masks: list[list[int]] = []
-        nothing = [0] * self.words
+        masks: list[bytes] = []
+        width = 4 * self.words
         for request, chunk in enumerate(chunks):
             tokens, start, blocks, tree, visible = (
                 chunk.token_ids, chunk.start, chunk.blocks, chunk.tree, chunk.visible
@@ -299,18 +299,19 @@ class PassStaging:
             known = len(ids)
             positions += range(start, start + len(tokens))
             parents += [-1] * len(tokens)
-            masks += [nothing] * len(tokens)
+            masks.append(bytes(width * len(tokens)))
             if tree is not None and len(tree):
                 ids += tree.tokens
                 positions += tree.positions(start + len(tokens) - 1)
                 parents += [known + parent for parent in tree.parents]
-                masks += [tree.words(node, self.words) for node in range(len(tree))]
+                masks.append(tree.masks(width))
             tails.append(len(ids) - known)
             slots += [blocks[place // size] * size + place % size for place in range(start, visible)]
             self._tables.write(request, blocks, -(-visible // size))
         rows, requests = len(ids), len(chunks)
         fields.ids[:rows], fields.positions[:rows], fields.slots[:rows] = ids, positions, slots
-        fields.parents[:rows], fields.tree[:rows] = parents, masks
+        fields.parents[:rows] = parents
+        fields.tree[:rows] = np.frombuffer(b"".join(masks), np.int32).reshape(rows, self.words)
         fields.starts[:requests], fields.tails[:requests] = starts, tails
         fields.lengths[:requests] = [chunk.visible for chunk in chunks]
         self.clear(rows, requests)

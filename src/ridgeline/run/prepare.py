@@ -215,9 +215,8 @@ def _fill_trees(out: np.ndarray, chunks: Sequence[Chunk], starts: list[int], wor
         if chunk.tree is None:
             continue
         count = out[index] = len(chunk.tree)
-        first = starts[index + 1] - count
-        for node in range(count):
-            bits[first + node] = chunk.tree.words(node, words)
+        last = starts[index + 1]
+        bits[last - count : last] = np.frombuffer(chunk.tree.masks(4 * words), np.int32).reshape(-1, words)
 
 
 def sample_inputs(settings: Sequence[Sampling], device: torch.device) -> SampleInputs:

@@ -22,7 +22,7 @@ from ridgeline.core.tree import ROOT, Sketch
 from ridgeline.kernels.select import Table
 from ridgeline.kv.pages import Pages
 from ridgeline.models.decoder import Decoder
-from ridgeline.run.beams import Beams, Begun, Levels
+from ridgeline.run.beams import DEEPEST, Beams, Begun, Levels
 from ridgeline.run.graphs import PassGraphs
 from ridgeline.run.prepare import adjusts, penalizes, prepare, sample_inputs, send
 from ridgeline.run.verify import Choose, Trial, draw_children, law_of
@@ -92,6 +92,8 @@ class DraftModel:
         self.passes = 0
         self.last_rows = 0
         """Rows of the pass that proposed last."""
+        self.steady = True
+        """Whether the last levels had no more to catch up with than a step with trees leaves behind."""
         self._states: dict[str, _State] = {}
 
     def forget(self, request_id: str) -> None:
@@ -175,7 +177,7 @@ class DraftModel:
         settings = [_sampling(growth, ROOT) for growth in growths]
         if max(widths) > beams.children or any(map(adjusts, settings)):
             return None
-        self._catch_up(growths)
+        caught_up = self._catch_up(growths)
         chunks = [self._chunk(growth)[0] for growth in growths]
         if graphs.size_for(chunks) is None:  # nothing of them is computed, then
             for chunk in chunks:
@@ -187,6 +189,7 @@ class DraftModel:
             first += chunk.new
             begun.append(Begun(len(growth.request.tokens), growth.blocks, first - 1, sampling))
         self.last_rows = first
+        self.steady = not caught_up and first <= len(growths) * (1 + DEEPEST)
         passed = graphs.launch(chunks, [(one.row, one.sampling) for one in begun])
         levels = beams.draft(begun, passed, widths, odds, among, least)
         self.passes += len(levels)
@@ -244,8 +247,9 @@ class DraftModel:
         state.computed = min(state.computed, same * self.block_size, len(request.tokens) - 1)
         return state
 
-    def _catch_up(self, growths: Sequence[Growth]) -> None:
-        """Compute what does not fit into the pass that proposes."""
+    def _catch_up(self, growths: Sequence[Growth]) -> bool:
+        """Compute what does not fit into the pass that proposes; whether there was anything."""
+        found = False
         room = max(1, self.most_tokens // max(len(growths), 1))
         for growth in growths:
             request, blocks = growth.request, growth.blocks
@@ -259,6 +263,8 @@ class DraftModel:
                 batch = replace(batch, rows=send(np.array([end - start - 1], dtype=np.int64), self.device))
                 self.model.forward(batch, self.pages.keys, self.pages.values, self.table.ops(plan.kind))
                 state.computed, state.blocks = end, list(blocks[: -(-end // self.block_size)])
+                found = True
+        return found
 
 
 def _drawn(growth: Growth, choose: Choose, logits: torch.Tensor) -> list[Proposal]:

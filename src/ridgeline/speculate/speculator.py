@@ -48,7 +48,7 @@ BREADTH = 16
 REFRESH_STEPS = 32
 """Sizes are chosen anew every so many steps, at first more often."""
 
-PROBE_STEPS, PROBED = 128, 4
+PROBE_STEPS, PROBED, PROBE_NODES = 128, 4, 4
 """Without trees nothing is learned, so every so many steps a small one is tried, of so many requests at most: a draft
 model first has to catch up with all that a request has said since."""
 
@@ -250,14 +250,17 @@ class Speculator:
             sizes = self._sizes(len(candidates), self._rows - len(candidates))
             self._probes = self.sized and sizes.depth == 0 and self._without >= PROBE_STEPS
             if self._probes:
-                sizes = replace(sizes, depth=1, nodes=1, accepted=self.acceptance.by_depth(1, 0))
+                shape = self._shape(PROBE_NODES)
+                sizes = replace(sizes, depth=max(shape.depths), nodes=len(shape), accepted=sum(shape.values))
                 candidates = self._least_behind(candidates, table)
             self.sizes = sizes
             if sizes.depth and not self._left_out(sizes):
                 self._without = 0
                 shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
                 levels = self._levels(len(candidates), sizes)
-                roomy = shaped and (bool(levels) or not sizes.ends_at_a_jump)  # nodes of a level cost nothing there
+                roomy = (
+                    shaped and not self._probes and (bool(levels) or not sizes.ends_at_a_jump)
+                )  # nodes of a level cost nothing there
                 most = min(MOST_NODES, ROOM * sizes.nodes) if roomy else sizes.nodes
                 growing = []
                 left = self.most_rows - len(chosen)
@@ -470,7 +473,7 @@ class Speculator:
             return None
         depths = [min(one.depth, len(found)) for one in growing]
         drafted = self._from_levels(scored(found, levels, depths, odds), [one.nodes for one in growing], source)
-        if self.level_seconds is not None:
+        if self.level_seconds is not None and model.steady:
             more = len(found) - 1
             expected = self.draft_seconds(len(growing)) + more * self.level_seconds(len(growing))
             took = len(self.models) * (self._clock() - began)

@@ -41,7 +41,9 @@ def attended(
     if tree is not None:
         count = -(-len(tree) // 32)
         words = torch.zeros(rows, count, dtype=torch.int32)
-        words[rows - len(tree) :] = torch.tensor([tree.words(node, count) for node in range(len(tree))])
+        words[rows - len(tree) :] = torch.frombuffer(bytearray(tree.masks(4 * count)), dtype=torch.int32).view(
+            -1, count
+        )
         more = {"tree": words, "tails": torch.tensor([len(tree)], dtype=torch.int32)}
         trees = (tree.depths,)
     return attention_cpu(
