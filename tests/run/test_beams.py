@@ -141,6 +141,36 @@ def test_what_the_model_says_behind_every_path(
             growth.at, growth.expanded = [-1], []
 
 
+def test_requests_catch_up_side_by_side(drafter: DraftModel) -> None:
+    """Texts far longer than a captured pass, all but their last tokens in few passes op by op, one of which ends in the
+    middle of a text; then as ever."""
+    assert drafter.beams is not None
+    drafter.graphs = PassGraphs(
+        drafter.model, drafter.pages, Ops({}), drafter.device, BLOCK, pass_sizes_up_to(8, 16), BLOCKS, CHILDREN
+    )
+    beams = drafter.beams
+    drafter.beams = Beams(
+        drafter.model, drafter.pages, Ops({}), drafter.device, BLOCK, 8, BLOCKS, drafter.graphs.proposed,
+        drafter.graphs.chances, EDGES,
+    )  # fmt: skip
+    growths = growing(3, SamplingParams(temperature=0.0))
+    for growth in growths:
+        growth.request.tokens += TOKENS[: 30 + len(growth.request.tokens)]
+    filled: list[int] = []
+    fill = drafter._fill
+    drafter._fill = lambda chunks: (filled.append(sum(chunk.new for chunk in chunks)), fill(chunks))[1]  # type: ignore[method-assign]
+    found = each(drafter.levels(growths, (4, 2), ODDS))
+    assert not drafter.steady
+    assert filled == [64, 64, sum(len(growth.request.tokens) - 1 for growth in growths) - 128]
+    for growth, one in zip(growths, found):
+        check(drafter, growth, one, (4, 2), beams.beam(3))
+        growth.request.tokens += [one.tokens[0][0][0], 9]
+        growth.at, growth.expanded = [-1], []
+    assert drafter.levels(growths, (4, 2), ODDS) is not None
+    assert drafter.steady
+    assert len(filled) == 3
+
+
 def test_the_deepest_draft_stays_within_its_slots(drafter: DraftModel) -> None:
     """Neighbours' pages are untouched, and no mask is too short for the last level."""
     assert drafter.beams is not None
@@ -205,7 +235,9 @@ def test_what_it_leaves_to_others(drafter: DraftModel) -> None:
     drafter.graphs = PassGraphs(
         drafter.model, drafter.pages, Ops({}), drafter.device, BLOCK, pass_sizes_up_to(2, 16), BLOCKS, CHILDREN
     )
-    assert drafter.levels([Growth(long, list(range(BLOCKS)), 4)], (4,), ODDS) is None
-    assert drafter.behind(long, list(range(BLOCKS))) == 100 - 64  # what was caught up with, and no more
+    several = growing(3, SamplingParams(temperature=0.0))
+    assert drafter.levels(several, (4,), ODDS) is None
+    assert drafter.behind(several[0].request, several[0].blocks) == 1  # what was caught up with stays
+    assert drafter.levels([Growth(long, list(range(BLOCKS)), 4)], (4,), ODDS) is not None
     drafter.beams = None
     assert drafter.levels(growths, (4,), ODDS) is None

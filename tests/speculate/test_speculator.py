@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from ridgeline.core.step import Accepted, Chunk, Sampling, StepPlan, StepResult,
 from ridgeline.core.tree import ROOT, TokenTree
 from ridgeline.speculate.draft_model import Growth, Proposal
 from ridgeline.speculate.seconds import Seconds
-from ridgeline.speculate.speculator import PROBE_STEPS, PROBED, Speculator
+from ridgeline.speculate.speculator import LONGEST_PAUSE, PROBE_STEPS, PROBED, PROBING_STEPS, Speculator
 
 CHEAP, DEAR = Seconds({1: 1.0, 64: 1.1}), Seconds({1: 1.0, 2: 9.0, 64: 99.0})
 PARAMS = SamplingParams(temperature=0.0)
@@ -108,6 +109,53 @@ def test_one_is_tried_of_few_requests_that_lack_little() -> None:
     trees = [draft(one, requests(*names)) for _ in range(PROBE_STEPS + 1)]
     assert not any(trees[:-1])
     assert set(trees[-1]) == set(names[-PROBED:])
+
+
+def test_what_never_pays_is_tried_ever_more_seldom() -> None:
+    drafter = Drafter()
+    one = speculator(drafter, DEAR)
+    plain = StepPlan(1, (Chunk("a", [4], 3, [0], Sampling(PARAMS, 0, 4, [], 3)),))
+    tried = []
+    for number in range(8 * LONGEST_PAUSE):
+        trees = draft(one, requests("a"))
+        if trees:
+            tried.append(number)
+            verified(one, trees, lambda name: 0, 9.0)
+        else:
+            one.learn(plain, StepResult(), 1.0)
+    begun = tried[::PROBING_STEPS]
+    assert tried == [number + more for number in begun for more in range(PROBING_STEPS)]
+    pauses = [later - number - PROBING_STEPS for number, later in pairwise(begun)]
+    assert pauses[:4] == [2 * PROBE_STEPS, 4 * PROBE_STEPS, LONGEST_PAUSE, LONGEST_PAUSE]
+    assert set(pauses[3:]) == {LONGEST_PAUSE}
+
+
+def test_a_price_that_was_said_too_high_is_found_out() -> None:
+    """Trees bring three tokens in 1.2 times the time, and were said to take so long that they lose a little."""
+    one = speculator(Drafter(["a"], pass_s=0.01), Seconds({1: 1.0, 2: 3.2, 99: 3.3}))
+    plain = StepPlan(1, (Chunk("a", [4], 3, [0], Sampling(PARAMS, 0, 4, [], 3)),))
+    assert not one.pays(1)
+    with_trees = []
+    for _ in range(4 * PROBE_STEPS):
+        trees = draft(one, requests("a"))
+        with_trees.append(bool(trees))
+        if trees:
+            verified(one, trees, lambda name: 2, 1.2)
+        else:
+            one.learn(plain, StepResult(), 1.0)
+    assert not any(with_trees[: PROBE_STEPS - 2])
+    assert all(with_trees[-PROBE_STEPS:])
+
+
+def test_the_first_step_with_trees_is_no_price() -> None:
+    """Places of another kind of step are written anew for it."""
+    one = speculator(Drafter(["a"]), CHEAP)
+    before = one.seconds(2)
+    trees = draft(one, requests("a"))
+    verified(one, trees, lambda name: 0, 9.0)
+    assert one.seconds(2) == before
+    verified(one, draft(one, requests("a")), lambda name: 0, 9.0)
+    assert one.seconds(2) > before
 
 
 def test_rows_are_shared_out_to_all() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -76,6 +80,26 @@ def test_graphs_and_loops_time_the_same_work() -> None:
     taken = alternate({"graph": graph, "loop": loop}, 5)
     assert 0.5 < interval(taken["graph"]).median / interval(taken["loop"]).median < 1.5
     assert timing.clocks(torch.device("cuda"))["clocks.sm"].endswith("MHz")
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_what_it_reads() -> None:
+    """Its replays read tensors that nobody else holds; freed memory would go back to the driver with the next graph."""
+
+    def work() -> Callable[[], torch.Tensor]:
+        held = torch.ones(1 << 24, device="cuda")
+        weak.append(weakref.ref(held))
+        return lambda: held @ held
+
+    weak: list[weakref.ref[torch.Tensor]] = []
+    stretch = timing.on_cuda(Works([work()]), 20, True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert weak[0]() is not None
+    assert stretch.run() > 0
+    del stretch
+    gc.collect()
+    assert weak[0]() is None
 
 
 @pytest.mark.gpu

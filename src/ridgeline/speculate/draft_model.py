@@ -116,7 +116,7 @@ class DraftModel:
         rows: list[int] = []  # of the batch, one for each node that is asked for
         settings: list[Sampling] = []
         first = 0
-        self._catch_up([growth for growth in growths if growth.at == [ROOT]])
+        self._catch_up([growth for growth in growths if growth.at == [ROOT]], self.most_tokens)
         for growth in growths:
             chunk, wanted = self._chunk(growth)
             chunks.append(chunk)
@@ -177,7 +177,8 @@ class DraftModel:
         settings = [_sampling(growth, ROOT) for growth in growths]
         if max(widths) > beams.children or any(map(adjusts, settings)):
             return None
-        caught_up = self._catch_up(growths)
+        most = graphs.sizes[-1].rows if graphs.sizes else self.most_tokens
+        caught_up = self._catch_up(growths, most)
         chunks = [self._chunk(growth)[0] for growth in growths]
         if graphs.size_for(chunks) is None:  # nothing of them is computed, then
             for chunk in chunks:
@@ -247,24 +248,38 @@ class DraftModel:
         state.computed = min(state.computed, same * self.block_size, len(request.tokens) - 1)
         return state
 
-    def _catch_up(self, growths: Sequence[Growth]) -> bool:
-        """Compute what does not fit into the pass that proposes; whether there was anything."""
-        found = False
-        room = max(1, self.most_tokens // max(len(growths), 1))
+    def _catch_up(self, growths: Sequence[Growth], most: int) -> bool:
+        """Compute what does not fit into the pass that proposes, of `most` rows at best, many requests' side by side;
+        whether there was anything."""
+        room = max(1, most // max(len(growths), 1))
+        chunks: list[Chunk] = []
+        rows, found = 0, False
         for growth in growths:
             request, blocks = growth.request, growth.blocks
             state = self._current(request, blocks)
-            while len(request.tokens) - state.computed > room:
+            last = len(request.tokens) - 1
+            if last + 1 - state.computed <= room:
+                continue
+            found = True
+            while state.computed < last:
                 start = state.computed
-                end = min(start + self.most_tokens, len(request.tokens) - 1)
-                chunk = Chunk(request.request_id, self._known(request.tokens[start:end]), start, blocks, None)
-                plan = StepPlan(0, (chunk,))
-                batch = prepare(plan, self.device, self.block_size).batch
-                batch = replace(batch, rows=send(np.array([end - start - 1], dtype=np.int64), self.device))
-                self.model.forward(batch, self.pages.keys, self.pages.values, self.table.ops(plan.kind))
+                end = min(start + self.most_tokens - rows, last)
+                chunks.append(Chunk(request.request_id, self._known(request.tokens[start:end]), start, blocks, None))
                 state.computed, state.blocks = end, list(blocks[: -(-end // self.block_size)])
-                found = True
+                rows += end - start
+                if rows == self.most_tokens:
+                    self._fill(chunks)
+                    chunks, rows = [], 0
+        if chunks:
+            self._fill(chunks)
         return found
+
+    def _fill(self, chunks: Sequence[Chunk]) -> None:
+        """Write chunks' keys and values."""
+        plan = StepPlan(0, tuple(chunks))
+        batch = prepare(plan, self.device, self.block_size).batch
+        batch = replace(batch, rows=send(np.array([plan.num_tokens - 1], dtype=np.int64), self.device))
+        self.model.forward(batch, self.pages.keys, self.pages.values, self.table.ops(plan.kind))
 
 
 def _drawn(growth: Growth, choose: Choose, logits: torch.Tensor) -> list[Proposal]:

@@ -48,9 +48,16 @@ BREADTH = 16
 REFRESH_STEPS = 32
 """Sizes are chosen anew every so many steps, at first more often."""
 
-PROBE_STEPS, PROBED, PROBE_NODES = 128, 4, 4
-"""Without trees nothing is learned, so every so many steps a small one is tried, of so many requests at most: a draft
-model first has to catch up with all that a request has said since."""
+PROBE_STEPS, LONGEST_PAUSE = 128, 1024
+"""Without trees nothing is learned, so after so many steps they are tried, and after twice as many when that was no
+use, up to so many."""
+
+NEARLY, TRIED_STEPS = 0.8, 6
+"""Where trees are said to bring at least such a part of what steps without do, all requests have theirs for a few
+steps: what they cost may be wrong by as much. The first of them teaches no price, for much is prepared anew."""
+
+PROBED, PROBE_NODES, PROBING_STEPS = 4, 4, 2
+"""Elsewhere so many requests have a small tree, so few steps long."""
 
 CLOSE, SELDOM = 1.5, 0.5
 """And with trees nothing of steps without: where they bring less than so many times the tokens, one without is made
@@ -198,10 +205,11 @@ class Speculator:
         """Requests of the last draft, whether or not anything of theirs was worth its rows."""
         self._indices: dict[str, SuffixIndex] = {}
         self._shapes: dict[int, Shape] = {}
-        self._chosen: dict[tuple[int, int], Sizes] = {}
+        self._chosen: dict[tuple[int, int, float], Sizes] = {}
         self._stale_at = 0
         self._without = self._with = 0
-        self._seldom = self._probes = False
+        self._pause, self._trial = PROBE_STEPS, 0
+        self._seldom = self._probes = self._had_trees = False
         self._rows = 0
         """Known tokens of the step that is drafted for."""
         self.last_draft_s = 0.0
@@ -219,10 +227,10 @@ class Speculator:
             return requests > 0
         if not requests:
             return False
-        if self._choose(requests, 0).depth:
+        if self._trial or self._choose(requests, 0).depth:
             return True
         self._without += 1
-        return self._without >= PROBE_STEPS
+        return self._without >= self._pause
 
     def draft(
         self,
@@ -248,13 +256,14 @@ class Speculator:
                     candidates.append((request, depth))
         if candidates:
             sizes = self._sizes(len(candidates), self._rows - len(candidates))
-            self._probes = self.sized and sizes.depth == 0 and self._without >= PROBE_STEPS
-            if self._probes:
-                shape = self._shape(PROBE_NODES)
-                sizes = replace(sizes, depth=max(shape.depths), nodes=len(shape), accepted=sum(shape.values))
-                candidates = self._least_behind(candidates, table)
+            if sizes.depth:
+                self._pause, self._trial = PROBE_STEPS, 0
+            elif self.sized:
+                sizes = self._on_trial(len(candidates), self._rows - len(candidates), sizes)
+                if self._probes:
+                    candidates = self._least_behind(candidates, table)
             self.sizes = sizes
-            if sizes.depth and not self._left_out(sizes):
+            if sizes.depth and (sizes.tokens_per_s <= sizes.plain_per_s or not self._left_out(sizes)):
                 self._without = 0
                 shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
                 levels = self._levels(len(candidates), sizes)
@@ -316,6 +325,23 @@ class Speculator:
             return Sizes(depth, asked.nodes, 0.0, 0.0, 0.0, 0.0)
         return self._choose(requests, others)
 
+    def _on_trial(self, requests: int, others: int, sizes: Sizes) -> Sizes:
+        """Trees where none are worth it, for a few steps now and then; else what was chosen."""
+        near = self._choose(requests, others, NEARLY)
+        if not self._trial and self._without >= self._pause:
+            self._trial = TRIED_STEPS if near.depth else PROBING_STEPS
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        if not self._trial:
+            return sizes
+        self._trial -= 1
+        if not self._trial:
+            self._stale_at = 0  # what was learned counts at once
+        if near.depth:
+            return near
+        self._probes = True
+        shape = self._shape(PROBE_NODES)
+        return replace(sizes, depth=max(shape.depths), nodes=len(shape), accepted=sum(shape.values))
+
     def _least_behind(
         self, candidates: Sequence[tuple[Request, int]], table: Callable[[str], Sequence[int]]
     ) -> list[tuple[Request, int]]:
@@ -327,13 +353,14 @@ class Speculator:
 
         return sorted(candidates, key=behind)[:PROBED]
 
-    def _choose(self, requests: int, others: int) -> Sizes:
-        """What the sizer says, as of some steps ago."""
+    def _choose(self, requests: int, others: int, least: float = 1.0) -> Sizes:
+        """What the sizer says, as of some steps ago. least: what trees must bring, as a share of what steps without
+        do."""
         if self.tally.steps >= self._stale_at:
             self._stale_at = self.tally.steps + max(2, min(REFRESH_STEPS, self.tally.steps))
             self._shapes.clear()
             self._chosen.clear()
-        key = requests, others.bit_length()
+        key = requests, others.bit_length(), least
         found = self._chosen.get(key)
         if found is None:
             shape = self._shape(CONSIDERED)
@@ -349,6 +376,7 @@ class Speculator:
                 plain=self.plain_seconds,
                 level_s=self._level_s(requests),
                 trust=self.acceptance.trust,
+                least=least,
             )
         return found
 
@@ -629,10 +657,11 @@ class Speculator:
         """A step has been run in step_s seconds, drafting left out."""
         if all(len(chunk.token_ids) == 1 for chunk in plan.chunks):  # prefills' rows cost less
             trees = any(chunk.tree is not None for chunk in plan.chunks)
-            if trees:
+            if trees and self._had_trees:
                 self.seconds.learn(plan.num_tokens, step_s)
-            else:
+            elif not trees:
                 self.plain_seconds.learn(plan.num_tokens, step_s, SELDOM if self._seldom else OWN)
+            self._had_trees = trees
         self.tally.steps += 1
         known = {chunk.request_id: chunk.start + len(chunk.token_ids) for chunk in plan.chunks if self.listeners}
         if self.sized and self.sizes is not None:

@@ -156,6 +156,7 @@ def choose_sizes(
     plain: Price | None = None,
     level_s: float | None = None,
     trust: float = 1.0,
+    least: float = 1.0,
 ) -> Sizes:
     """Trees for so many requests of a step, beside `other_rows` that will be computed anyway.
 
@@ -163,11 +164,11 @@ def choose_sizes(
     far. again: whether a pass computes those of earlier levels once more, or only the last level's. most_rows: of
     a step, over all requests. plain: of a step without trees, if that has a price of its own. level_s: seconds of
     one more level for all requests, if that does not depend on what is computed in it. trust: how many nodes have been
-    accepted for each that `shape` said would be.
+    accepted for each that `shape` said would be. least: what trees must bring, as a share of what steps without do.
     """
     plain_s = (plain or target)(requests + other_rows)
     plain_per_s = requests / plain_s
-    best = (plain_per_s, 0, 0, 1.0, 0.0)
+    best = (least * plain_per_s, 0, 0, 1.0, 0.0)
     first_s = draft(requests)
     for depth in range(1, deepest + 1):
         if depth > best[1] + PATIENCE:
@@ -198,7 +199,7 @@ def choose_sizes(
             if rate < HOPELESS * highest:
                 break
             highest = max(highest, rate)
-    rate, depth, nodes, least, accepted = best
+    rate, depth, nodes, least, accepted = best if best[1] else (plain_per_s, *best[1:])
     rows = requests * (1 + nodes) + other_rows
     step = max(1, requests * nodes // 4)
     node_s = max(0.0, (target(rows + step) - target(rows)) / step)

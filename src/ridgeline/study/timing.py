@@ -56,11 +56,15 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 class Stretch(NamedTuple):
-    """Something to be timed: run() -> seconds of one call, averaged over `calls` calls in a row."""
+    """Something to be timed: run() -> seconds of one call, averaged over `calls` calls in a row.
+
+    works: what a graph was captured from. Its replays read the tensors that those calls hold, and do not keep them.
+    """
 
     run: Callable[[], float]
     calls: int
     graph: bool
+    works: Works | None = None
 
 
 def alternate(arms: Mapping[str, Stretch], rounds: int, warm: int = 1) -> dict[str, list[float]]:
@@ -154,7 +158,7 @@ def on_cuda(works: Works, calls: int, graph: bool, pool: GraphPool | None = None
         for _ in range(times):
             captured.replay()
 
-    return Stretch(lambda: _event_seconds(again) / (times * calls), times * calls, True)
+    return Stretch(lambda: _event_seconds(again) / (times * calls), times * calls, True, works)
 
 
 def replays(once_s: float) -> int:
