@@ -20,7 +20,7 @@ from ridgeline.kv.pages import Pages
 from ridgeline.models import build_model, parse_config
 from ridgeline.models.decoder import Decoder
 from ridgeline.ops import REGISTRY, Ops
-from ridgeline.run.beams import LATE, LOOKS, Beams
+from ridgeline.run.beams import LATE, LOOKS, Beams, Levels
 from ridgeline.run.graphs import PassGraphs, pass_sizes_up_to
 from ridgeline.run.places import PassSize
 from ridgeline.run.runner import Runner
@@ -226,20 +226,25 @@ def test_levels_of_a_draft_are_replayed(made: tuple[Decoder, Pages, Ops], reques
         for _ in range(2):
             found = drafter.levels(growths, (4, 4, 2, 4, 1, 4), odds)
             assert found is not None
-            told += found
-            for growth, one in zip(growths, found):
-                assert all(0 <= token < 5000 for level in one.tokens for row in level for token in row)
-                assert one.chosen[0][0] >= 0
-                growth.request.tokens += [one.tokens[0][0][1], 9]
+            told.append(parts(found))
+            assert (found.chosen[0, :, 0] >= 0).all()
+            for growth, tokens in zip(growths, found.tokens.swapaxes(0, 1)):
+                assert ((tokens >= 0) & (tokens < 5000)).all()
+                growth.request.tokens += [int(tokens[0, 0, 1]), 9]
         # Every draft is hopeless, which is seen before the fifth level is begun.
         ended = drafter.levels(growths, (4, 4, 2, 4, 1, 4, 4, 4), odds, least=1e3)
         whole = drafter.levels(growths, (4, 4, 2, 4, 1, 4, 4, 4), odds)
         assert ended is not None
         assert whole is not None
-        for early, late in zip(ended, whole):
-            assert len(early.tokens) == LOOKS + LATE < len(late.tokens)
-            assert (early.tokens, early.chosen) == (late.tokens[: LOOKS + LATE], late.chosen[: LOOKS + LATE])
-    assert told[: 2 * requests] == told[2 * requests :]
+        assert len(ended) == LOOKS + LATE < len(whole)
+        for early, late in ((ended.tokens, whole.tokens), (ended.chosen, whole.chosen)):
+            assert (early == late[: LOOKS + LATE]).all()
+    assert told[:2] == told[2:]
+
+
+def parts(found: Levels) -> list[bytes]:
+    """Tokens, chances and chosen rows, to the bit."""
+    return [one.tobytes() for one in (found.tokens, found.chances, found.chosen)]
 
 
 def test_rows_that_take_more_than_their_logits_replay_the_first_graph(made: tuple[Decoder, Pages, Ops]) -> None:
