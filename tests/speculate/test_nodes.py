@@ -72,7 +72,7 @@ def test_as_a_sketch_has_them(
             nodes.tokens[request, kept].tolist(), [place[one] for one in nodes.parents[request, kept].tolist()]
         )
         expected, theirs = sketch.tree(sketch.best(count))
-        assert set(map(tuple, paths(tree))) == set(map(tuple, paths(expected)))
+        assert tree == expected
         assert [scores[request, one] for one in which] == pytest.approx([sketch.scores[one] for one in theirs])
         for one, node in zip(which, range(len(tree))):
             assert 0 <= nodes.ranks[kept[one]] < children
@@ -82,13 +82,12 @@ def test_as_a_sketch_has_them(
             assert scores[request, one] == pytest.approx(above * ODDS[rank][bisect_right(EDGES, chance)])
 
 
-def paths(tree: TokenTree) -> list[list[int]]:
-    return [tree.path_tokens(node) for node in range(len(tree))]
-
-
 def test_the_likeliest_child_comes_first() -> None:
     """Depth first, and of siblings in the order in which they are given."""
     tree, order = arranged([5, 6, 7, 8, 9], [ROOT, 0, ROOT, 0, 2])
     assert tree == TokenTree([5, 6, 8, 7, 9], [ROOT, 0, 0, ROOT, 3])
     assert order == [0, 1, 3, 2, 4]
-    assert arranged([], []) == (TokenTree([], []), [])
+    chain, order = arranged([5, 6, 7], [ROOT, 0, 1])
+    assert (chain, list(order)) == (TokenTree([5, 6, 7], [ROOT, 0, 1]), [0, 1, 2])
+    tree, order = arranged([], [])
+    assert (tree, list(order)) == (TokenTree([], []), [])

@@ -58,18 +58,21 @@ class TokenTree:
             seen.add((parent, token))
             depths.append(1 if parent == ROOT else depths[parent] + 1)
             ancestors.append(1 << node | (0 if parent == ROOT else ancestors[parent]))
-        for name, value in (
-            ("tokens", tokens),
-            ("parents", parents),
-            ("depths", tuple(depths)),
-            ("ancestors", tuple(ancestors)),
-        ):
+        self._fill(tokens, parents, tuple(depths), tuple(ancestors))
+
+    def _fill(self, *values: tuple[int, ...]) -> None:
+        for name, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> TokenTree:
         """Each token follows the one before."""
-        return cls(tokens, range(ROOT, len(tokens) - 1))
+        count = len(tokens)
+        if count > MOST_NODES or min(tokens, default=0) < 0:
+            return cls(tokens, range(ROOT, count - 1))  # says what is wrong
+        tree = object.__new__(cls)
+        tree._fill(tuple(tokens), *CHAINS[count])  # nothing else can be
+        return tree
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -136,6 +139,17 @@ class TokenTree:
         return self.keep([node for node in range(len(self)) if self.depths[node] <= depth][: max(nodes, 0)])
 
 
+CHAINS = tuple(
+    (
+        tuple(range(ROOT, count - 1)),
+        tuple(range(1, count + 1)),
+        tuple((2 << node) - 1 for node in range(count)),
+    )
+    for count in range(MOST_NODES + 1)
+)
+"""Parents, depths and ancestors of chains by their number of nodes."""
+
+
 class Sketch:
     """A tree as it grows: nodes in the order in which they come, each with a score.
 
@@ -181,7 +195,8 @@ class Sketch:
         return order[: max(count, 0)]
 
     def tree(self, nodes: Iterable[int] | None = None) -> tuple[TokenTree, list[int]]:
-        """A TokenTree of some nodes (all), and for each of its nodes which one here it is."""
+        """A TokenTree of some nodes (all), and for each of its nodes which one here it is. Of equal siblings the first
+        that came stands first."""
         kept = set(range(len(self)) if nodes is None else nodes)
         children: dict[int, list[int]] = {}
         for node in sorted(kept):
@@ -192,7 +207,7 @@ class Sketch:
             node = stack.pop()
             if node != ROOT:
                 order.append(node)
-            stack.extend(sorted(children.get(node, ()), key=lambda one: self.scores[one]))
+            stack.extend(sorted(children.get(node, ()), key=lambda one: -self.scores[one])[::-1])
         if len(order) < len(kept):
             raise InvalidArgument("tree", "a node is to be kept without its parent")
         place = {ROOT: ROOT, **{node: at for at, node in enumerate(order)}}

@@ -90,19 +90,21 @@ class Step:
 
     def _take(self, result: StepResult, tokens: list[int]) -> None:
         """Chosen tokens by request, those of trees along their accepted paths."""
-        scores = self._token_scores(tokens)
         if not self.trees:
-            result.sampled = dict(zip(self.names, scores))
+            result.sampled = dict(zip(self.names, self._token_scores(tokens)))
             return
+        scores = None if self.scores is None else self._token_scores(tokens)
         row = 0
         for name, tree in zip(self.names, self.trees):
             if tree is None:
-                result.sampled[name] = scores[row]
+                result.sampled[name] = TokenScore(tokens[row]) if scores is None else scores[row]
                 row += 1
                 continue
             walked = self.paths.get(name)
             nodes = tree.walk(tokens[row : row + 1 + len(tree)]) if walked is None else walked
-            result.accepted[name] = Accepted(nodes, [scores[row], *(scores[row + 1 + node] for node in nodes)])
+            rows = [row, *(row + 1 + node for node in nodes)]
+            chosen = [TokenScore(tokens[one]) for one in rows] if scores is None else [scores[one] for one in rows]
+            result.accepted[name] = Accepted(nodes, chosen)
             row += 1 + len(tree)
 
     def _token_scores(self, tokens: list[int]) -> list[TokenScore]:

@@ -233,11 +233,9 @@ class DraftModel:
         state = self._states.get(request.request_id)
         if state is None or state.preemptions != request.preemptions:
             state = self._states[request.request_id] = _State(preemptions=request.preemptions)
-        same = 0
-        for mine, now in zip(state.blocks, blocks):
-            if mine != now:
-                break
-            same += 1
+        same = len(state.blocks)
+        if state.blocks != blocks[:same]:
+            same = next((at for at, (mine, now) in enumerate(zip(state.blocks, blocks)) if mine != now), len(blocks))
         if state.computed < len(request.tokens):
             for drafted in state.ahead:
                 if state.computed == len(request.tokens) or request.tokens[state.computed] != drafted:

@@ -72,9 +72,11 @@ def scored(levels: Levels, widths: Sequence[int], depths: Sequence[int], odds: S
     )
 
 
-def arranged(tokens: Sequence[int], parents: Sequence[int]) -> tuple[TokenTree, list[int]]:
+def arranged(tokens: Sequence[int], parents: Sequence[int]) -> tuple[TokenTree, Sequence[int]]:
     """A tree of nodes that come likeliest first, parents (places among them, or ROOT) before children; and for each of
     its nodes which of them it is."""
+    if list(parents) == [*range(ROOT, len(tokens) - 1)]:
+        return TokenTree.chain(tokens), range(len(tokens))
     children: list[list[int]] = [[] for _ in range(len(tokens) + 1)]  # the root's are the last
     for node, parent in enumerate(parents):
         children[parent].append(node)

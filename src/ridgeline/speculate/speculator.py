@@ -514,21 +514,22 @@ class Speculator:
         """Of each request's nodes the best, as a tree; where the sizer decides, those that are worth their rows."""
         order, scores = nodes.best(most)
         least = max(self._least(scores[scores > 0].tolist()), LEAST_SCORE)
-        counts = (scores >= least).sum(1).tolist()
+        counts = (scores >= least).sum(1)
+        order = order[:, : counts.max()]
+        of_all = [np.take_along_axis(one, order, 1).tolist() for one in (nodes.tokens, nodes.parents, nodes.chances)]
+        of_all += [nodes.ranks[order].tolist(), order.tolist()]
         result: list[_Drafted | None] = []
-        for request, count in enumerate(counts):
+        for request, (count, *of_one) in enumerate(zip(counts.tolist(), *of_all)):
             if not count:
                 result.append(None)
                 continue
-            kept = order[request, :count]
-            place = {ROOT: ROOT, **{node: at for at, node in enumerate(kept.tolist())}}
-            parents = [place[parent] for parent in nodes.parents[request, kept].tolist()]
-            tree, nodes_of = arranged(nodes.tokens[request, kept].tolist(), parents)
-            kept = kept[nodes_of]
-            ranks, chances = nodes.ranks[kept].tolist(), nodes.chances[request, kept].tolist()
-            drafted = _Drafted(tree, ranks, chances, [source] * count)
+            tokens, parents, chances, ranks, kept = (one[:count] for one in of_one)
+            place = dict(zip(kept, range(count)))
+            place[ROOT] = ROOT
+            tree, which = arranged(tokens, [place[parent] for parent in parents])
+            drafted = _Drafted(tree, [ranks[n] for n in which], [chances[n] for n in which], [source] * count)
             if self.listeners:
-                drafted.cut = _cut(nodes, request, kept.tolist())
+                drafted.cut = _cut(nodes, request, [kept[n] for n in which])
             result.append(drafted)
         return result
 
