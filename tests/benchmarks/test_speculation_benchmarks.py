@@ -141,7 +141,21 @@ def test_merged_drafters_have_as_many_nodes_as_one(bench: Bench, tiny: Path) -> 
         for who in ("one", "one and n-grams", "two"):
             assert 0 < arms[f"{who}, {nodes} nodes"]["nodes_a_step"] <= nodes
     assert all(one["same_outputs"] == 1.0 for one in arms.values())
-    assert sum("accepted a verified node" in one["line"] for one in result["targets"]) == 12
+    assert sum("accepted of as many verified nodes" in one["line"] for one in result["targets"]) == 12
+
+
+def test_merged_drafters_are_held_against_as_many_nodes_of_one() -> None:
+    arms = {
+        "none": {"nodes_a_step": 0.0, "tokens_a_step": 1.0},
+        "one, 8 nodes": {"nodes_a_step": 8.0, "tokens_a_step": 3.0},
+        "one, 16 nodes": {"nodes_a_step": 16.0, "tokens_a_step": 4.0},
+        "one and n-grams, 8 nodes": {"nodes_a_step": 4.0, "tokens_a_step": 2.8},
+        "one and n-grams, 16 nodes": {"nodes_a_step": 12.0, "tokens_a_step": 3.75},
+        "two, 16 nodes": {"nodes_a_step": 16.0, "tokens_a_step": 4.0},
+    }
+    assert gpu_speculation.at_equal_nodes(arms, "one and n-grams, 8 nodes") is None
+    assert gpu_speculation.at_equal_nodes(arms, "one and n-grams, 16 nodes") == pytest.approx(2.75 / 2.5)
+    assert gpu_speculation.at_equal_nodes(arms, "two, 16 nodes") == 1.0
 
 
 def test_shapes_of_trees_on_a_cpu(tmp_path: Path) -> None:
