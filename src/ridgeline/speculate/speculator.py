@@ -52,7 +52,7 @@ PROBE_STEPS, LONGEST_PAUSE = 128, 1024
 """Without trees nothing is learned, so after so many steps they are tried, and after twice as many when that was no
 use, up to so many."""
 
-NEARLY, TRIED_STEPS = 0.8, 6
+NEARLY, TRIED_STEPS = 0.85, 4
 """Where trees are said to bring at least such a part of what steps without do, all requests have theirs for a few
 steps: what they cost may be wrong by as much. The first of them teaches no price, for much is prepared anew."""
 
