@@ -166,9 +166,15 @@ def test_requests_catch_up_side_by_side(drafter: DraftModel) -> None:
         check(drafter, growth, one, (4, 2), beams.beam(3))
         growth.request.tokens += [one.tokens[0][0][0], 9]
         growth.at, growth.expanded = [-1], []
+    growths[1].request.tokens += range(3, 12)  # far more than its share of 16 rows, which all of them are
+    assert sum(drafter.behind(growth.request, growth.blocks) for growth in growths) <= 16
     assert drafter.levels(growths, (4, 2), ODDS) is not None
     assert drafter.steady
     assert len(filled) == 3
+    growths[1].request.tokens += range(3, 18)
+    assert drafter.levels(growths, (4, 2), ODDS) is not None
+    assert not drafter.steady
+    assert filled[3:] == [14]  # of one, the others lack little
 
 
 def test_the_deepest_draft_stays_within_its_slots(drafter: DraftModel) -> None:
@@ -237,7 +243,8 @@ def test_what_it_leaves_to_others(drafter: DraftModel) -> None:
     )
     several = growing(3, SamplingParams(temperature=0.0))
     assert drafter.levels(several, (4,), ODDS) is None
-    assert drafter.behind(several[0].request, several[0].blocks) == 1  # what was caught up with stays
+    # What was caught up with stays: as many as it took for the others to fit.
+    assert [drafter.behind(one.request, one.blocks) for one in several] == [12, 1, 1]
     assert drafter.levels([Growth(long, list(range(BLOCKS)), 4)], (4,), ODDS) is not None
     drafter.beams = None
     assert drafter.levels(growths, (4,), ODDS) is None

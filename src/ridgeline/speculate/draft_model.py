@@ -247,18 +247,20 @@ class DraftModel:
         return state
 
     def _catch_up(self, growths: Sequence[Growth], most: int) -> bool:
-        """Compute what does not fit into the pass that proposes, of `most` rows at best, many requests' side by side;
-        whether there was anything."""
-        room = max(1, most // max(len(growths), 1))
+        """Compute what does not fit into the pass that proposes, of `most` rows: all but the last token of those that
+        lack the most, side by side; whether there was anything."""
+        behind = {at: self.behind(growth.request, growth.blocks) for at, growth in enumerate(growths)}
+        total = sum(behind.values())
+        if total <= max(most, len(growths)):
+            return False
         chunks: list[Chunk] = []
-        rows, found = 0, False
-        for growth in growths:
-            request, blocks = growth.request, growth.blocks
-            state = self._current(request, blocks)
-            last = len(request.tokens) - 1
-            if last + 1 - state.computed <= room:
-                continue
-            found = True
+        rows = 0
+        for at in sorted(behind, key=lambda one: -behind[one]):
+            if total <= max(most, len(growths)):
+                break
+            total -= behind[at] - 1
+            request, blocks = growths[at].request, growths[at].blocks
+            state, last = self._states[request.request_id], len(request.tokens) - 1
             while state.computed < last:
                 start = state.computed
                 end = min(start + self.most_tokens - rows, last)
@@ -270,7 +272,7 @@ class DraftModel:
                     chunks, rows = [], 0
         if chunks:
             self._fill(chunks)
-        return found
+        return True
 
     def _fill(self, chunks: Sequence[Chunk]) -> None:
         """Write chunks' keys and values."""
