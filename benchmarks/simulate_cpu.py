@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options = arguments().parse_args(argv)
     if options.quick:
         options.requests, options.scale, options.rounds, options.most_rounds = 8, 32, 1, 1
-        options.seats, options.max_model_len = 4, 256
+        options.seats, options.max_num_seqs, options.max_model_len = 4, 4, 256
     record = measure(options)
     record.close()
     return record
@@ -64,7 +64,8 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--requests", type=int, default=300)
     result.add_argument("--scale", type=int, default=4, help="the trace's lengths are divided by this")
     result.add_argument("--load", type=float, default=0.7, help="arrivals as a share of the closed loop's rate")
-    result.add_argument("--seats", type=int, default=64, help="requests in a step at most, and in the closed loop")
+    result.add_argument("--seats", type=int, default=64, help="requests in the closed loop")
+    result.add_argument("--max-num-seqs", type=int, default=256, help="requests in a step at most; the engine's own")
     result.add_argument("--max-model-len", type=int, help="longest sequence; the model's own if left out")
     result.add_argument("--card", type=Path, help="a card to predict by; if it is not there, it is made and kept there")
     result.add_argument("--most-rounds", type=int, default=12, help="rounds at most, while they do not agree")
@@ -144,7 +145,7 @@ def measure(options: argparse.Namespace) -> Record:
     folder, what = checkpoint(options.model)
     record = Record("simulate-cpu", options)
     jobs = [Job(one.prompt_tokens, one.output_tokens) for one in azure_jobs(options.requests, options.scale)]
-    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_seqs": options.seats}
+    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_seqs": options.max_num_seqs}
     if options.max_model_len:
         settings["max_model_len"] = options.max_model_len
     with LLM(folder, **settings, enable_prefix_caching=False) as llm:
@@ -159,7 +160,8 @@ def measure(options: argparse.Namespace) -> Record:
             "requests": len(jobs),
             "prompt_tokens": sum(one.prompt_tokens for one in jobs),
             "output_tokens": sum(one.output_tokens for one in jobs),
-            "max_num_seqs": options.seats,
+            "max_num_seqs": options.max_num_seqs,
+            "seats": options.seats,
             "load": options.load,
             "card_sha256": card.sha256,
         }
