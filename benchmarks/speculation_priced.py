@@ -44,8 +44,6 @@ class Fixed(Seconds):
 
     def learn(self, rows: int, seconds: float, own: float = OWN) -> None: ...
 
-    def drift(self, off: float) -> None: ...
-
     def copy(self) -> Fixed:
         return Fixed({rows: self(rows) for rows in self._rows}, self.sizes)
 

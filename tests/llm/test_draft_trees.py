@@ -175,6 +175,27 @@ def test_every_kind_of_request_with_drafts_on_the_device(
     assert_empty(llm)
 
 
+def test_what_drafts_take_is_learned_where_it_was_seen(make_on_device: Callable[..., LLM], near: Path) -> None:
+    """Drafts of one request take far longer than was said: that says little of those of 64, and of levels as much as of
+    the first pass."""
+    llm = make_on_device(speculative_config=drafting("deep", near))
+    speculator = llm.built.speculator
+    speculator.draft_seconds, speculator.level_seconds = Seconds({1: 1.0, 64: 2.0}), Seconds({1: 0.1, 64: 0.1})
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 2.0
+        return now
+
+    speculator._clock = clock
+    llm.generate(["hello world"], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True), use_tqdm=False)
+    one, many = speculator.draft_seconds(1), speculator.draft_seconds(64)
+    assert one > 1.2
+    assert 1.0 < many / 2.0 < 0.5 + 0.5 * one
+    assert speculator.level_seconds(1) > 0.11
+
+
 @pytest.mark.parametrize("shape", ["bushy", "deep", "chain"])
 def test_trees_of_given_shape_are_the_same_wherever_they_are_drafted(
     make: Callable[..., LLM], make_on_device: Callable[..., LLM], near: Path, shape: str

@@ -58,17 +58,13 @@ class Seconds:
         place = bisect_left(self.sizes, rows)
         return self.sizes[place] if place < len(self.sizes) else rows
 
-    def drift(self, off: float) -> None:
-        """Something like it took so much more than expected, as a share of that."""
-        self._scale *= 1.0 + COMMON * off
-
     def learn(self, rows: int, seconds: float, own: float = OWN) -> None:
         """A step of so many rows took so long. own: how much of what that is off by goes into the points beside it."""
         expected = self(rows)
         if expected <= 0.0:
             return
         off = min(seconds / expected, OUTLIER) - 1.0
-        self.drift(off)
+        self._scale *= 1.0 + COMMON * off
         rows = self._padded(rows)
         place = bisect_left(self._rows, rows)
         exact = place < len(self._rows) and self._rows[place] == rows

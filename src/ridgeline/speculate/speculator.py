@@ -23,7 +23,7 @@ from ridgeline.speculate.acceptance import DEEPEST, RANKS, Acceptance
 from ridgeline.speculate.draft_model import DraftModel, Growth, Proposal
 from ridgeline.speculate.ngram import SuffixIndex
 from ridgeline.speculate.nodes import Nodes, arranged, scored
-from ridgeline.speculate.seconds import OUTLIER, OWN, Seconds
+from ridgeline.speculate.seconds import OWN, Seconds
 from ridgeline.speculate.tree_size import Shape, Sizes, choose_sizes, least_worth
 
 Room = Callable[[Request, int, int], int]
@@ -502,12 +502,12 @@ class Speculator:
         depths = [min(one.depth, len(found)) for one in growing]
         drafted = self._from_levels(scored(found, levels, depths, odds), [one.nodes for one in growing], source)
         if self.level_seconds is not None and model.steady:
-            more = len(found) - 1
-            expected = self.draft_seconds(len(growing)) + more * self.level_seconds(len(growing))
-            took = len(self.models) * (self._clock() - began)
-            off = min(took / expected, OUTLIER) - 1.0 if expected > 0 else 0.0
-            self.draft_seconds.drift(off)
-            self.level_seconds.drift(off)
+            requests, took = len(growing), len(self.models) * (self._clock() - began)
+            first, level = self.draft_seconds(requests), self.level_seconds(requests)
+            expected = first + (len(found) - 1) * level
+            if expected > 0:  # both are off alike: one alone is never seen
+                self.draft_seconds.learn(requests, first * took / expected)
+                self.level_seconds.learn(requests, level * took / expected)
         return drafted
 
     def _from_levels(self, nodes: Nodes, most: Sequence[int], source: int) -> list[_Drafted | None]:
