@@ -440,7 +440,7 @@ def main(descriptor: int) -> int:
             return 1
         loop = Loop(channel, built, start, forecast)
         gc.collect()
-        gc.freeze()  # what stays for good is not gone through again: that held a step up by a tenth of a second
+        gc.freeze()  # what stays for good is not gone through again in the middle of a step
         channel.send(ready)
         loop.run()
         built.close()
