@@ -267,9 +267,8 @@ class Speculator:
                 self._without = 0
                 shaped = self.sized and bool(self.models)  # by each context's chances, once they are known
                 levels = self._levels(len(candidates), sizes)
-                roomy = (
-                    shaped and not self._probes and (bool(levels) or not sizes.ends_at_a_jump)
-                )  # nodes of a level cost nothing there
+                # Nodes of a level on the device cost nothing.
+                roomy = shaped and not self._probes and (bool(levels) or not sizes.ends_at_a_jump)
                 most = min(MOST_NODES, ROOM * sizes.nodes) if roomy else sizes.nodes
                 growing = []
                 left = self.most_rows - len(chosen)
