@@ -4,10 +4,11 @@ The embedded model's steps are calibrated (or a card is given). A closed loop ov
 machine serves at most; then the trace's own arrivals, stretched to a share of that, are served for real and simulated
 on the same scheduler with the same settings. At such a load the medians are steep: arrivals come in bursts, and a
 machine that is slower by 1 % has a median TTFT and TPOT 10 to 20 % higher (--slower shows it). So the two are compared
-at the same speed: every round of arrivals has a closed loop before it, whose rate its arrivals are stretched by, and
-one behind it, and the steps of these two say how much slower the machine was than its card, by kind of step. That is
-what the lines are judged by. Beside it stands the simulation at the speed of the round's own steps, which leaves
-nothing to be off but queues and batches, and what the card alone says of the closed loop.
+at the same speed: before and behind every round the requests that follow in the trace are served at the same rate, and
+the steps of these two say how much slower the machine was than its card, by kind of step. (A closed loop would not do:
+it decodes with all seats taken, arrivals mostly with few, and those two are not slowed by the same.) That is what the
+lines are judged by. Beside it stands the simulation at the speed of the round's own steps, which leaves nothing to be
+off but queues, batches and one step beside another of its kind, and what the card alone says of the closed loop.
 
 Rounds are added while the last ones differ among each other by more than half of what the simulation may be off,
 because then the machine and not the simulation is what is seen. If they never agree, the median over all rounds counts
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options = arguments().parse_args(argv)
     if options.quick:
         options.requests, options.scale, options.rounds, options.most_rounds = 8, 32, 1, 1
-        options.seats, options.max_num_seqs, options.max_model_len = 4, 4, 256
+        options.anchors, options.seats, options.max_num_seqs, options.max_model_len = 4, 4, 4, 256
     record = measure(options)
     record.close()
     return record
@@ -65,6 +66,12 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--scale", type=int, default=4, help="the trace's lengths are divided by this")
     result.add_argument("--load", type=float, default=0.7, help="arrivals as a share of the closed loop's rate")
     result.add_argument("--seats", type=int, default=64, help="requests in the closed loop")
+    result.add_argument(
+        "--anchors",
+        type=int,
+        default=200,
+        help="requests before and behind a round, by whose steps the machine's speed is known",
+    )
     result.add_argument("--max-num-seqs", type=int, default=256, help="requests in a step at most; the engine's own")
     result.add_argument("--max-model-len", type=int, help="longest sequence; the model's own if left out")
     result.add_argument("--card", type=Path, help="a card to predict by; if it is not there, it is made and kept there")
@@ -102,9 +109,8 @@ class Speed:
         said: Counter[str] = Counter()
         took: Counter[str] = Counter()
         for one in steps:
-            spans = Spans(*zip(*one.spans))
-            for kind in (kind_of(spans), "all"):
-                said[kind] += card.device_s(spans, one.rows)
+            for kind in (kind_of(Spans(*zip(*one.spans))), "all"):
+                said[kind] += by_card_s(one, card)
                 took[kind] += one.device_s
         host = sum(card.host_step_s + card.host_request_s * len(one.spans) for one in steps)
         device = {kind: took[kind] / said[kind] for kind in said}
@@ -114,9 +120,19 @@ class Speed:
         return Speed({kind: factor * one for kind, one in self.device.items()}, factor * self.host)
 
 
+FEW = 4
+"""Requests up to which decoding waits for memory and little else: so that neighbours who read memory too slow it down,
+and not the steps of more."""
+
+
+def by_card_s(step: StepRecord, card: Card) -> float:
+    """Seconds on the device by the card."""
+    return card.device_s(Spans(*zip(*step.spans)), step.rows)
+
+
 def kind_of(spans: Spans) -> str:
     if max(spans.new) == 1:
-        return "decode"
+        return "decode of few" if len(spans.new) <= FEW else "decode"
     return "mixed" if min(spans.new) == 1 else "prefill"
 
 
@@ -162,6 +178,7 @@ def measure(options: argparse.Namespace) -> Record:
             "output_tokens": sum(one.output_tokens for one in jobs),
             "max_num_seqs": options.max_num_seqs,
             "seats": options.seats,
+            "anchors": options.anchors,
             "load": options.load,
             "card_sha256": card.sha256,
         }
@@ -220,19 +237,18 @@ def real_run(llm: LLM, jobs: Sequence[Job], seed: int, seats: int | None = None)
 
 def compared(llm: LLM, jobs: Sequence[Job], card: Card, options: argparse.Namespace, record: Record) -> list[Round]:
     """Rounds on the wall's clock and simulated, until the last ones agree, or as many as may be."""
-    loops = [real_run(llm, jobs, 7, options.seats)]
+    loop = real_run(llm, jobs, 7, options.seats)
     record.observe("closed loop")
+    rate = options.load * loop.report.request_rate
+    arriving = at_rate(options.requests, options.scale, rate)
+    beside = at_rate(options.anchors, options.scale, rate, first=options.requests)
+    anchors = [real_run(llm, beside, 7)]
     rounds: list[Round] = []
     while True:
-        span = len(jobs) / (options.load * loops[-1].report.request_rate)
-        arriving = [
-            Job(one.prompt_tokens, one.output_tokens, one.arrival_s)
-            for one in spread(azure_jobs(options.requests, options.scale), span)
-        ]
         real = real_run(llm, arriving, 1000 + len(rounds))
         record.observe(f"round {len(rounds) + 1}")
-        loops.append(real_run(llm, jobs, 7, options.seats))
-        speed = Speed.of(card, [*loops[-2].steps, *loops[-1].steps])
+        anchors.append(real_run(llm, beside, 8 + len(rounds)))
+        speed = Speed.of(card, [*anchors[-2].steps, *anchors[-1].steps])
         alike = simulated_run(llm, arriving, card, Speed.of(card, real.steps))
         rounds.append(Round(real, simulated_run(llm, arriving, card, speed), alike, speed))
         if len(rounds) == 1:
@@ -241,14 +257,22 @@ def compared(llm: LLM, jobs: Sequence[Job], card: Card, options: argparse.Namesp
             continue
         if steady(rounds[-options.rounds :]) or len(rounds) >= max(options.most_rounds, options.rounds):
             break
-    said = simulated_run(llm, jobs, card, AS_THE_CARD, options.seats).report.request_rate
-    anchored = simulated_run(llm, jobs, card, rounds[0].speed, options.seats).report.request_rate
-    found = [one.report.request_rate for one in loops]
-    record.summary["closed loops, requests/s"] = {"by the card": said, "at its speed": anchored, "real": found}
-    for what, rate in (("by the card", said), ("at the speed of its steps", anchored)):
-        error = rate / statistics.geometric_mean(found[:2]) - 1
+    rates = {"real": loop.report.request_rate}
+    for what, speed in (("by the card", AS_THE_CARD), ("at the speed of its steps", Speed.of(card, loop.steps))):
+        rates[what] = simulated_run(llm, jobs, card, speed, options.seats).report.request_rate
+        error = rates[what] / rates["real"] - 1
         record.target(f"closed loop simulated {what}, against real", "recorded", f"{error:+.1%}", None)
+    record.summary["closed loop, requests/s"] = rates
+    record.summary["beside the rounds, by the card and real, seconds in steps"] = [
+        [sum(by_card_s(one, card) for one in run.steps), sum(one.device_s for one in run.steps)] for run in anchors
+    ]
     return rounds
+
+
+def at_rate(count: int, scale: int, rate: float, first: int = 0) -> list[Job]:
+    """`count` requests of the trace from row `first` on, at so many requests a second."""
+    rows = spread(azure_jobs(count, scale, first), count / rate)
+    return [Job(one.prompt_tokens, one.output_tokens, one.arrival_s) for one in rows]
 
 
 def slower(

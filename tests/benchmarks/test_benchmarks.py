@@ -86,8 +86,9 @@ def test_simulate(bench: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
         met = next(one["met"] for one in result["targets"] if one["line"] == line)
         assert met == (abs(cell["error"][0]) <= lines[line])
     (speed,) = result["summary"]["slower than the card, by round"]
-    assert {"all", "decode", "host"} <= set(speed)
-    assert len(result["summary"]["closed loops, requests/s"]["real"]) == 2
+    assert {"all", "decode of few", "host"} <= set(speed)
+    assert set(result["summary"]["closed loop, requests/s"]) == {"real", "by the card", "at the speed of its steps"}
+    assert len(result["summary"]["beside the rounds, by the card and real, seconds in steps"]) == 2
     assert result["summary"]["real"][0]["output_tokens"] == result["summary"]["simulated"][0]["output_tokens"]
     assert result["summary"]["steps"][-1]["kind"] == "all"
     assert load_card(card).sha256 == result["settings"]["card_sha256"]

@@ -29,6 +29,8 @@ from ridgeline.workload.drive import drive
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CONTEXTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+AT_A_TIME = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Requests that are served together for what lies around the ops."""
 BUSY = 1.25
 """A quiet machine repeats a step within this factor (upper quartile over median); beyond it the machine is busy."""
 
@@ -201,20 +203,21 @@ def fitted(features: Sequence[Sequence[float]], measured: Sequence[float]) -> li
 
 
 def _served(built: Built) -> Iterator[tuple[StepRecord, float]]:
-    """Steps of real workloads of other shapes than the grid's, a few requests to many at a time; and what lay between
-    each and the next one; where steps overlap, the host has what the device waited for, and nothing lies between."""
+    """Steps of real workloads of other shapes than the grid's, one request to many at a time: prompts of all lengths, then
+    decoding, where what a request costs shows. And what lay between each and the next one; where steps overlap,
+    the host has what the device waited for, and nothing lies between."""
     longest, draw = built.config.max_model_len, random.Random(1)
-    for concurrency in (1, 3, 12, 48):
-        if concurrency > built.config.max_num_seqs:
+    for requests in AT_A_TIME:
+        if requests > built.config.max_num_seqs:
             break
         jobs = []
-        for _ in range(concurrency * 2):
-            prompt = draw.randrange(4, max(min(700, longest // 2), 6))
-            jobs.append(Job(prompt, min(draw.randrange(8, 40), longest - prompt)))
+        for _ in range(requests):
+            prompt = draw.randrange(4, max(min(700, longest // 2, 4096 // requests), 6))
+            jobs.append(Job(prompt, min(draw.randrange(16, 32), longest - prompt)))
         records: list[StepRecord] = []
         built.engine.listeners.append(records.append)
         try:
-            drive(built.engine, jobs, built.spec.vocabulary, seed=concurrency, concurrency=concurrency)
+            drive(built.engine, jobs, built.spec.vocabulary, seed=requests)
         finally:
             built.engine.listeners.remove(records.append)
         if built.engine.overlap:

@@ -57,6 +57,8 @@ class StepBench:
         self.block, self.blocks = config.block_size, config.num_blocks
         self.spread = 1.0
         self._draw = random.Random(0)
+        self._order = list(range(self.blocks))
+        self._draw.shuffle(self._order)
         self._number = 0
 
     @property
@@ -91,7 +93,11 @@ class StepBench:
         return statistics.median(body), statistics.median(head), statistics.median(attention)
 
     def plan(self, shape: Shape) -> StepPlan:
-        """A step of this shape on random tokens, every request in blocks of its own while they last."""
+        """A step of this shape on random tokens, every request in blocks of its own while they last.
+
+        The blocks lie anywhere in the pool, as those of an engine do that has served for a while: on a CPU neighbours
+        in a row would be read 8 to 14 % faster.
+        """
         vocabulary = self.built.spec.vocabulary
         params = SamplingParams(temperature=0, ignore_eos=True)
         chunks, used = [], 0
@@ -103,7 +109,7 @@ class StepBench:
                 raise DoesNotFit(f"a request of {visible} tokens needs {need} blocks, the pool has {self.blocks}")
             tokens = [self._draw.randrange(vocabulary) for _ in range(new)]
             sampling = Sampling(params, 0, visible, tokens, visible)
-            chunks.append(Chunk(f"c{number}", tokens, visible - new, range(used, used + need), sampling))
+            chunks.append(Chunk(f"c{number}", tokens, visible - new, self._order[used : used + need], sampling))
             used += need
         self._number += 1
         return StepPlan(self._number, tuple(chunks))
