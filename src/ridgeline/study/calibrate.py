@@ -203,9 +203,10 @@ def fitted(features: Sequence[Sequence[float]], measured: Sequence[float]) -> li
 
 
 def _served(built: Built) -> Iterator[tuple[StepRecord, float]]:
-    """Steps of real workloads of other shapes than the grid's, one request to many at a time: prompts of all lengths, then
-    decoding, where what a request costs shows. And what lay between each and the next one; where steps overlap,
-    the host has what the device waited for, and nothing lies between."""
+    """Steps of real workloads of other shapes than the grid's, one request to many at a time: prompts of all lengths,
+    then decoding, where what a request costs shows. And what lay between each and the next one; where steps overlap,
+    the host has what the device waited for, and nothing lies between.
+    """
     longest, draw = built.config.max_model_len, random.Random(1)
     for requests in AT_A_TIME:
         if requests > built.config.max_num_seqs:
