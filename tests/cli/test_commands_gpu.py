@@ -56,7 +56,7 @@ def test_what_a_card_says(card: Path, tmp_path: Path) -> None:
 
 
 def test_the_highest_rate_is_verified() -> None:
-    found = told("plan", "--slo", "ttft=9s,tpot=9s", "--verify", *SHORT, "--num-prompts", "8")
+    found = told("plan", "--slo", "ttft=9s,tpot=9s", "--verify", *POOL, *SHORT, "--num-prompts", "8")
     assert found["engine"].find("cuda") >= 0
     assert found["measured"]["requests"] == 8
 

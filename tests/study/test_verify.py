@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ridgeline import LLM
 from ridgeline.cli.main import application
-from ridgeline.core.errors import InvalidArgument
+from ridgeline.core.errors import DoesNotFit, InvalidArgument
 from ridgeline.core.step import Spans, StepRecord
 from ridgeline.models import parse_config
 from ridgeline.perf.card import Card, Grid, Line
@@ -127,6 +127,10 @@ def test_commands_mark_what_lies_beyond(tiny: Path, tmp_path: Path) -> None:
         (("--hardware", "a10", "--hardware", "l4"), "card: is of one machine"),
         (("--hardware", "a10", "--what-if"), "card: --what-if changes the model"),
         (("--hardware", "a10", "--batch", "1..8"), "card: goes with one batch"),
+        (
+            ("--slo", "ttft=1s", "--kv-cache-memory-bytes", "1000"),
+            "kv_cache_memory_bytes: is of the engine that --verify",
+        ),
     ],
 )
 def test_what_does_not_go_together(arguments: tuple[str, ...], message: str, tiny: Path, tmp_path: Path) -> None:
@@ -202,3 +206,11 @@ def test_verify_command(tmp_path: Path) -> None:
     assert found["measured"]["requests"] == 8
     assert found["steps"] == "floor"
     assert "output tokens/s" in found["errors"]
+
+
+def test_the_memory_that_was_asked_for(tiny: Path) -> None:
+    load = ("--model", str(tiny), "--slo", "ttft=9s", "--num-prompts", "3", "--prompt-len", "8", "--output-len", "4")
+    with pytest.raises(DoesNotFit, match="the KV pool would have 1000 B"):
+        run("plan", *load, "--verify", "--kv-cache-memory-bytes", "1000")
+    with pytest.raises(DoesNotFit, match="room for 0 tokens"):
+        run("plan", *load, "--hardware", "a10", "--gpu-memory-utilization", "1e-5")

@@ -6,6 +6,7 @@ Knows options and tables. It must not know how figures come about (study/plan.py
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,7 @@ def command(
     output_len: Annotated[int, typer.Option(help="Output tokens of a request.")] = 128,
     batch: Annotated[str, typer.Option(help="Requests at once, or a range such as 1..512 (powers of two).")] = "1",
     gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
+    kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
     price_per_hour: Annotated[float | None, typer.Option(help="US dollars an hour, instead of the table's.")] = None,
     slo: workload.Slo = None,
     trace: workload.Trace = None,
@@ -66,6 +68,10 @@ def command(
         raise InvalidArgument("verify", "goes with --slo: what is served is the rate that it finds")
     if verify and [name.strip().lower() for name in hardware or [THIS]] != [THIS]:
         raise InvalidArgument("verify", "runs on this machine: leave --hardware out")
+    if kv_cache_memory_bytes is not None and not verify:
+        raise InvalidArgument(
+            "kv_cache_memory_bytes", "is of the engine that --verify starts; plans take a share of memory"
+        )
     if card is not None and len(hardware or [THIS]) > 1:
         raise InvalidArgument("card", "is of one machine: name one --hardware")
     if what_if and plot is not None:
@@ -78,7 +84,8 @@ def command(
     asked = batches(batch)
     load = (trace, num_prompts, length_scale, prompt_len, output_len)
     if verify:
-        _verify(model, dtype, slo or "", load, given, plot, as_json)
+        pool = {"gpu_memory_utilization": gpu_memory_utilization, "kv_cache_memory_bytes": kv_cache_memory_bytes}
+        _verify(model, dtype, slo or "", load, pool, given, plot, as_json)
         return
     found = [
         one if price_per_hour is None else replace(one, price_per_hour=price_per_hour) for one in machines(hardware)
@@ -86,7 +93,7 @@ def command(
     planned = planner(model, dtype)
     measured = None if given is None else card_of(given, planned.price, planned.name, planned.dtype)
     if slo is not None:
-        _capacities(planned, found, slo, load, measured, plot, as_json)
+        _capacities(planned, found, slo, load, gpu_memory_utilization, measured, plot, as_json)
         return
     if what_if:
         _what_if(planned, found, prompt_len, output_len, asked[0], as_json)
@@ -138,6 +145,7 @@ def _capacities(
     found: list[Machine],
     slo: str,
     load: Load,
+    utilization: float,
     card: Card | None,
     plot: Path | None,
     as_json: bool,
@@ -154,7 +162,7 @@ def _capacities(
     steps = Carded(card) if card else None
     results = []
     for machine in found:
-        setting = setting_for(planned, machine, max_model_len=longest)
+        setting = setting_for(planned, machine, utilization, max_model_len=longest)
         seconds, host_s = (steps.device_s, steps.host_s) if steps else (planned.seconds(machine), None)
         with bar(f"searching on {machine.name}", shown=not as_json, unit="run") as progress:
             one = capacity(jobs, setting, seconds, objectives, host_s=host_s, progress=progress)
@@ -184,6 +192,7 @@ def _verify(
     dtype: str,
     slo: str,
     load: Load,
+    pool: Mapping[str, Any],
     given: Card | MachineCard | None,
     plot: Path | None,
     as_json: bool,
@@ -201,7 +210,7 @@ def _verify(
 
     objectives = objectives_named(slo)
     jobs, longest = _jobs(load, planner(model, dtype).spec.max_positions)
-    with LLM(model, dtype=dtype, max_model_len=longest, enable_prefix_caching=False) as llm:
+    with LLM(model, dtype=dtype, max_model_len=longest, enable_prefix_caching=False, **pool) as llm:
         built = llm.built
         planned, setting = planner(model, built.config.dtype), setting_of(built)
         card = None if given is None else card_of(given, planned.price, planned.name, planned.dtype)
