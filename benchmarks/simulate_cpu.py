@@ -12,7 +12,7 @@ off but queues, batches and one step beside another of its kind, and what the ca
 
 Rounds are added while the last ones differ among each other by more than half of what the simulation may be off,
 because then the machine and not the simulation is what is seen. If they never agree, the median over all rounds counts
-where its interval leaves no doubt. Every step's prediction stands beside its time as well.
+where errors at the rounds' own speed leave no doubt (verdict). Every step's prediction stands beside its time as well.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--max-num-seqs", type=int, default=256, help="requests in a step at most; the engine's own")
     result.add_argument("--max-model-len", type=int, help="longest sequence; the model's own if left out")
     result.add_argument("--card", type=Path, help="a card to predict by; if it is not there, it is made and kept there")
-    result.add_argument("--most-rounds", type=int, default=12, help="rounds at most, while they do not agree")
+    result.add_argument("--most-rounds", type=int, default=16, help="rounds at most, while they do not agree")
     result.add_argument(
         "--slower",
         type=float,
@@ -312,14 +312,18 @@ def apart(rounds: Sequence[Round], name: str) -> float:
     return max(found) - min(found)
 
 
-def verdict(errors: Sequence[float], limit: float, agree: bool) -> bool | None:
-    """Whether the median error is within the limit. None where rounds do not agree and its interval says either."""
+def verdict(errors: Sequence[float], own: Sequence[float], limit: float, agree: bool) -> bool | None:
+    """Whether the median error is within the limit. Where rounds do not agree, noise may be what put it there: so it
+    counts only if errors at the rounds' own speed, own, which have none of it, are within with all of their interval.
+    None where that leaves either open."""
     middle, low, high = interval(errors)
     if agree:
         return abs(middle) <= limit
-    if -limit <= low <= high <= limit:
+    _, own_low, own_high = interval(own)
+    if abs(middle) <= limit and -limit <= own_low and own_high <= limit:
         return True
-    return False if low > limit or high < -limit else None
+    out = (low > limit, high < -limit, own_low > limit, own_high < -limit)
+    return False if any(out) else None
 
 
 def compare(record: Record, rounds: Sequence[Round], last: int) -> None:
@@ -329,7 +333,8 @@ def compare(record: Record, rounds: Sequence[Round], last: int) -> None:
     for name, limit in TOLERANCES.items():
         errors = [done.errors[name] for done in judged]
         middle, low, high = interval(errors)
-        met = verdict(errors, limit, agree)
+        at_own = [errors_of(done.alike, done.real)[name] for done in rounds]
+        met = verdict(errors, at_own, limit, agree)
         real = statistics.median(figures(done.real.report)[name] for done in judged)
         mine = statistics.median(figures(done.simulated.report)[name] for done in judged)
         form, scale = ("{:,.0f}", 1.0) if name.startswith("output") else ("{:.2f} ms", 1e3)
@@ -339,7 +344,7 @@ def compare(record: Record, rounds: Sequence[Round], last: int) -> None:
              "at its own speed": figures(one.alike.report)[name]}
             for one in rounds
         ]  # fmt: skip
-        alike = interval([errors_of(done.alike, done.real)[name] for done in rounds])
+        alike = interval(at_own)
         between = apart(rounds[-last:], name)
         cells[name] = {"rounds": every, "error": [middle, low, high], "apart": between, "at its own speed": list(alike)}
         said, own = (f"{one:+.1%} [{least:+.1%}, {most:+.1%}]" for one, least, most in ((middle, low, high), alike))
@@ -358,8 +363,8 @@ def compare(record: Record, rounds: Sequence[Round], last: int) -> None:
     )
     if not agree:
         record.note(
-            f"after {len(rounds)} rounds the last {last} still differ by more than half of a tolerance, so that the "
-            "median of all rounds is judged by its interval"
+            f"after {len(rounds)} rounds the last {last} still differ by more than half of a tolerance: judged are the "
+            "median of all rounds, and the interval of errors at their own speed"
         )
     record.timings["rounds"] = [
         {

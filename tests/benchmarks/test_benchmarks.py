@@ -110,11 +110,14 @@ def test_rounds_are_added_until_they_agree() -> None:
 
 
 def test_a_verdict_that_noise_leaves_open_is_none() -> None:
-    assert simulate_cpu.verdict([0.04, 0.05, 0.06], 0.1, agree=True)
-    assert simulate_cpu.verdict([0.2, 0.2], 0.1, agree=True) is False
-    assert simulate_cpu.verdict([0.02, 0.09, 0.03, -0.02, 0.04, 0.05], 0.1, agree=False)
-    assert simulate_cpu.verdict([0.3, 0.2, 0.4, 0.25, 0.3], 0.1, agree=False) is False
-    assert simulate_cpu.verdict([0.3, -0.2, 0.05, 0.4, -0.3], 0.1, agree=False) is None
+    verdict, noisy = simulate_cpu.verdict, [0.3, -0.2, 0.05, 0.4, -0.3]
+    assert verdict([0.04, 0.05, 0.06], noisy, 0.1, agree=True)
+    assert verdict([0.2, 0.2], [0.01, 0.02], 0.1, agree=True) is False
+    assert verdict(noisy, [0.02, 0.09, 0.03, -0.02, 0.04, 0.05], 0.1, agree=False)
+    assert verdict(noisy, noisy, 0.1, agree=False) is None, "nothing says that it is not chance"
+    assert verdict([0.3, -0.2, 0.15, 0.4, -0.3], [0.01, 0.02, 0.03], 0.1, agree=False) is None, "the median is out"
+    assert verdict([0.3, 0.2, 0.4, 0.25, 0.3], [0.01, 0.02, 0.03], 0.1, agree=False) is False
+    assert verdict([0.03, 0.02, -0.01], [-0.3, -0.2, -0.25], 0.1, agree=False) is False
 
 
 def test_kv_cache(bench: Callable[..., dict[str, Any]]) -> None:
