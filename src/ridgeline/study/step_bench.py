@@ -95,8 +95,8 @@ class StepBench:
     def plan(self, shape: Shape) -> StepPlan:
         """A step of this shape on random tokens, every request in blocks of its own while they last.
 
-        The blocks lie anywhere in the pool, as those of an engine do that has served for a while: on a CPU neighbours
-        in a row would be read 8 to 14 % faster.
+        The blocks lie anywhere in the pool, as those of an engine do that has served for a while: a CPU would read
+        neighbours in a row faster.
         """
         vocabulary = self.built.spec.vocabulary
         params = SamplingParams(temperature=0, ignore_eos=True)
