@@ -210,7 +210,7 @@ def test_verify_command(tmp_path: Path) -> None:
 
 def test_the_memory_that_was_asked_for(tiny: Path) -> None:
     load = ("--model", str(tiny), "--slo", "ttft=9s", "--num-prompts", "3", "--prompt-len", "8", "--output-len", "4")
-    with pytest.raises(DoesNotFit, match="the KV pool would have 1000 B"):
+    with pytest.raises(DoesNotFit, match="the KV pool would have 1 kB"):
         run("plan", *load, "--verify", "--kv-cache-memory-bytes", "1000")
     with pytest.raises(DoesNotFit, match="room for 0 tokens"):
         run("plan", *load, "--hardware", "a10", "--gpu-memory-utilization", "1e-5")
