@@ -76,6 +76,27 @@ def test_stray_steps_do_not_bend_the_fit() -> None:
     assert (step, request, scale) == pytest.approx((2e-4, 3e-5, 1.1), rel=1e-6)
 
 
+def test_prompts_among_many_decodes_are_not_strays() -> None:
+    """A scale that decoding hardly tells is told by the few steps with prompts, though decoding alone would have it
+    otherwise."""
+    draw = random.Random(0)
+    counts = [float(draw.randrange(1, 5)) for _ in range(200)]
+    ops = [1e-4 + 1e-6 * count for count in counts]
+    times = [5e-5 + one + draw.uniform(-5e-6, 5e-6) for one in ops]
+    counts += [1.0] * 10
+    ops += [draw.uniform(3e-4, 9e-4) for _ in range(10)]
+    times += [5e-5 + 1.2 * one for one in ops[200:]]
+    step, _, scale = fitted([[1.0] * 210, counts, ops], times, [0] * 200 + [1] * 10)
+    assert scale == pytest.approx(1.2, rel=0.05)
+    assert step == pytest.approx(3e-5, abs=1e-5)
+
+
+def test_no_weight_is_below_nothing() -> None:
+    counts = [float(one % 7 + 1) for one in range(100)]
+    times = [1e-3 - 2e-5 * one for one in counts]
+    assert fitted([[1.0] * 100, counts], times) == [pytest.approx(9.2e-4, rel=0.02), 0.0]
+
+
 def test_command_and_simulation(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "card.json"
     model = ["--model", str(tiny)]

@@ -31,6 +31,8 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CONTEXTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 AT_A_TIME = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Requests that are served together for what lies around the ops."""
+LATER = 4
+"""Requests more that come when one of them has ended: prompts beside decoding."""
 BUSY = 1.25
 """A quiet machine repeats a step within this factor (upper quartile over median); beyond it the machine is busy."""
 
@@ -151,7 +153,8 @@ def _anchored(card: Card, built: Built) -> Card:
     fit, judge = records[::2], records[1::2]
     counts = [float(len(record.spans)) for record in fit]
     ops = [_predicted(card, record) for record in fit]
-    step_s, request_s, scale = fitted([[1.0] * len(fit), counts, ops], [record.device_s for record in fit])
+    prompts = [any(new > 1 for new, _ in record.spans) for record in fit]
+    step_s, request_s, scale = fitted([[1.0] * len(fit), counts, ops], [record.device_s for record in fit], prompts)
     host_step_s, host_request_s, loop_step_s, loop_request_s = _around(built, served)
     card = replace(
         card,
@@ -188,18 +191,37 @@ def _predicted(card: Card, record: StepRecord) -> float:
     return card.device_s(Spans(new, visible), record.rows)
 
 
-def fitted(features: Sequence[Sequence[float]], measured: Sequence[float]) -> list[float]:
-    """Weights of least squared relative error; steps that another process disturbed are left out: the worst tenth,
-    three times."""
+def fitted(
+    features: Sequence[Sequence[float]], measured: Sequence[float], kinds: Sequence[object] | None = None
+) -> list[float]:
+    """Weights, none below 0, of least squared relative error; steps that another process disturbed are left out: the
+    worst tenth, three times, of each kind by itself, so that no kind goes whole."""
     columns = np.array(features, dtype=np.float64)
     target = np.array(measured, dtype=np.float64)
+    names = np.array([0] * len(target) if kinds is None else kinds)
     weights: Any = None
     for _ in range(4):
-        weights = np.linalg.lstsq((columns / target).T, np.ones_like(target), rcond=None)[0]
+        weights = _least(columns / target)
         errors = np.abs(weights @ columns / target - 1)
-        kept = errors <= np.quantile(errors, 0.9)
-        columns, target = columns[:, kept], target[kept]
+        kept = np.zeros(len(target), dtype=bool)
+        for name in np.unique(names):
+            kept |= (names == name) & (errors <= np.quantile(errors[names == name], 0.9))
+        columns, target, names = columns[:, kept], target[kept], names[kept]
     return [float(one) for one in weights]
+
+
+def _least(columns: Any) -> Any:
+    """The weights, none below 0, with which rows [number, steps] come nearest to 1 everywhere: those of the best choice
+    of rows whose own best weights are positive (few rows: all choices are tried)."""
+    best, least = None, np.inf
+    for count in range(1, len(columns) + 1):
+        for chosen in map(list, itertools.combinations(range(len(columns)), count)):
+            found = np.linalg.lstsq(columns[chosen].T, np.ones(columns.shape[1]), rcond=None)[0]
+            error = float(np.sum((found @ columns[chosen] - 1) ** 2))
+            if found.min() >= 0 and error < least:
+                best, least = np.zeros(len(columns)), error
+                best[chosen] = found
+    return best
 
 
 def _served(built: Built) -> Iterator[tuple[StepRecord, float]]:
@@ -212,13 +234,13 @@ def _served(built: Built) -> Iterator[tuple[StepRecord, float]]:
         if requests > built.config.max_num_seqs:
             break
         jobs = []
-        for _ in range(requests):
+        for _ in range(requests + LATER):
             prompt = draw.randrange(4, max(min(700, longest // 2, 4096 // requests), 6))
             jobs.append(Job(prompt, min(draw.randrange(16, 32), longest - prompt)))
         records: list[StepRecord] = []
         built.engine.listeners.append(records.append)
         try:
-            drive(built.engine, jobs, built.spec.vocabulary, seed=requests)
+            drive(built.engine, jobs, built.spec.vocabulary, seed=requests, concurrency=requests)
         finally:
             built.engine.listeners.remove(records.append)
         if built.engine.overlap:
