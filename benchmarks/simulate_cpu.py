@@ -8,7 +8,8 @@ at the same speed: before and behind every round the requests that follow in the
 the steps of these two say how much slower the machine was than its card, by kind of step. (A closed loop would not do:
 it decodes with all seats taken, arrivals mostly with few, and those two are not slowed by the same.) That is what the
 lines are judged by. Beside it stands the simulation at the speed of the round's own steps, which leaves nothing to be
-off but queues, batches and one step beside another of its kind, and what the card alone says of the closed loop.
+off but queues, batches and one step beside another of its kind, and what the card alone says, of the closed loop and of
+the first rounds in a row whose real figures agree.
 
 Rounds are added while the last ones differ among each other by more than half of what the simulation may be off,
 because then the machine and not the simulation is what is seen. If they never agree, the median over all rounds counts
@@ -263,6 +264,7 @@ def compared(llm: LLM, jobs: Sequence[Job], card: Card, options: argparse.Namesp
         error = rates[what] / rates["real"] - 1
         record.target(f"closed loop simulated {what}, against real", "recorded", f"{error:+.1%}", None)
     record.summary["closed loop, requests/s"] = rates
+    by_the_card(record, figures(simulated_run(llm, arriving, card, AS_THE_CARD).report), rounds, options.rounds)
     record.summary["beside the rounds, by the card and real, seconds in steps"] = [
         [sum(by_card_s(one, card) for one in run.steps), sum(one.device_s for one in run.steps)] for run in anchors
     ]
@@ -300,6 +302,32 @@ def figures(found: Report) -> dict[str, float]:
         "TTFT p99": found.ttft.p99,
         "TPOT p99": found.tpot.p99,
     }
+
+
+def by_the_card(record: Record, said: dict[str, float], rounds: Sequence[Round], count: int) -> None:
+    """What the card alone said beside the first `count` real rounds in a row that differ by no more than half of what
+    it may be off. Rounds that never do say nothing: the median of all stands there, without a verdict."""
+    real = [figures(one.real.report) for one in rounds]
+    place = first_alike(real, count)
+    judged = real if place is None else real[place : place + count]
+    middle = {name: statistics.median(one[name] for one in judged) for name in TOLERANCES}
+    errors = {name: said[name] / middle[name] - 1 for name in TOLERANCES}
+    found = {"rounds": None if place is None else [place + 1, place + count], "simulated": said, "real": middle}
+    record.summary["by the card alone"] = {**found, "error": errors}
+    which = "all rounds, none alike" if place is None else f"rounds {place + 1} to {place + count}"
+    for name, limit in TOLERANCES.items():
+        met = None if place is None else abs(errors[name]) <= limit
+        record.target(f"{name} by the card alone, against {which}", f"within {limit:.0%}", f"{errors[name]:+.1%}", met)
+
+
+def first_alike(real: Sequence[dict[str, float]], count: int) -> int | None:
+    """Where the first `count` rounds in a row begin whose figures differ by no more than half of their tolerances."""
+    for place in range(len(real) - count + 1):
+        some = real[place : place + count]
+        columns = {name: [one[name] for one in some] for name in TOLERANCES}
+        if all(max(v) - min(v) <= TOLERANCES[name] / 2 * statistics.median(v) for name, v in columns.items()):
+            return place
+    return None
 
 
 def steady(rounds: Sequence[Round]) -> bool:

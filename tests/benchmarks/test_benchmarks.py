@@ -75,8 +75,11 @@ def test_simulate(bench: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     card = tmp_path / "card.json"
     result = bench(simulate_cpu, "--card", str(card))
     lines = {f"simulated {name} against real": limit for name, limit in simulate_cpu.TOLERANCES.items()}
+    alone = {
+        f"{name} by the card alone, against rounds 1 to 1": limit for name, limit in simulate_cpu.TOLERANCES.items()
+    }
     assert {one["line"]: one["target"] for one in result["targets"][2:]} == {
-        line: f"within {limit:.0%}" for line, limit in lines.items()
+        line: f"within {limit:.0%}" for line, limit in {**alone, **lines}.items()
     }
     cells = result["summary"]["simulated against real"]
     for name, cell in cells.items():
@@ -107,6 +110,16 @@ def test_rounds_are_added_until_they_agree() -> None:
     assert simulate_cpu.steady([done(10.0, 10.0), done(10.0, 10.1)])
     assert simulate_cpu.steady([done(10.0, 10.0), done(20.0, 20.1)]), "the machine's own speed is no error"
     assert not simulate_cpu.steady([done(10.0, 10.0), done(10.0, 11.0)])
+
+
+def test_real_rounds_that_agree() -> None:
+    def of(factor: float) -> dict[str, float]:
+        return dict.fromkeys(simulate_cpu.TOLERANCES, factor) | {"output tokens/s": 1.0}
+
+    real = [of(1.0), of(1.06), of(1.02), of(1.0), of(1.04)]
+    assert simulate_cpu.first_alike(real, 3) == 2
+    assert simulate_cpu.first_alike(real[:4], 3) is None, "6 % are more than half of 10 %"
+    assert simulate_cpu.first_alike(real, 6) is None
 
 
 def test_a_verdict_that_noise_leaves_open_is_none() -> None:
